@@ -1,0 +1,235 @@
+"""The network of TchAIkovsky on two screens: a GPT-2-style decoder whose attention and MLP run in parallel.
+
+    from model import Config, Decoder
+    model = Decoder(Config(vocab_size=2000, dim=128, heads=4, layers=4, context=256), jax.random.key(0))
+    logits, _ = model(tokens)        # integers [B, T] -> float32 [B, T, V]
+
+Names end in their shape where it changes:
+    B batch   T tokens   S cached tokens   D width   H heads   K head size (D = H K)   E = 3 D   F = 4 D   V vocabulary
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything about a model that is no array. The defaults are the reference: 101,184,784 parameters."""
+
+    vocab_size: int = 10_000
+    dim: int = 768
+    heads: int = 12
+    layers: int = 12
+    context: int = 1024  # the most tokens that the model sees at once
+    dropout: float = 0.1
+    attention: str = "xla"  # "cudnn" on NVIDIA GPUs and "splash" on TPUs: the same numbers, faster, in less memory
+
+
+def normal(key, *shape, std=0.02):
+    return std * jax.random.normal(key, shape)
+
+
+def dropout(x_BTD, keys_B, rate):
+    """Zero a `rate` share of x (in steps of 1/256) and scale up the rest to keep the mean; without keys, do nothing.
+
+    Each row's mask depends on that row's key alone, so it is the same on one device and on eight, in one batch or in
+    micro-batches. Random bits cost real time: one 32-bit word serves four elements.
+    """
+    if keys_B is None or rate == 0:
+        return x_BTD
+    T, D = x_BTD.shape[1:]
+    words = jax.vmap(lambda key: jax.random.bits(key, (T, D // 4), jnp.uint32))(keys_B)
+    bytes_BTD = jnp.concatenate([(words >> shift) & 255 for shift in (0, 8, 16, 24)], axis=-1)
+    dropped = round(256 * rate)
+    return jnp.where(bytes_BTD >= dropped, x_BTD * (256 / (256 - dropped)), 0).astype(x_BTD.dtype)
+
+
+def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
+    """softmax(q k / sqrt(K)) v over the tokens up to each one, through the kernel that Config.attention names."""
+    B, T, H, K = q_BTHK.shape
+    if kind == "cudnn":
+        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+    q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    if kind == "xla":  # no fused kernel: blocks of queries, each with the keys up to its end, save half the work
+        blocks = [slice(start, min(start + 128, T)) for start in range(0, T, 128)]
+        mixed = [attend(q_BHTK[:, :, b], k_BHTK[:, :, : b.stop], v_BHTK[:, :, : b.stop], b.start) for b in blocks]
+        return jnp.concatenate(mixed, axis=1)
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = next(size for size in (1024, 512, 256, 128, T) if T % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+    if jax.__version_info__ < (0, 7, 2):  # its kernel wants whole registers
+        v_BHTK = jnp.pad(v_BHTK, [(0, 0)] * 3 + [(0, -K % 128)])
+    return jax.vmap(kernel)(q_BHTK / K**0.5, k_BHTK, v_BHTK).swapaxes(1, 2)[..., :K]
+
+
+def attend(q_BHTK, k_BHSK, v_BHSK, start):
+    """Queries that stand at start, start + 1, ... over the keys and values up to each one: [B, T, H, K]."""
+    T, K, S = q_BHTK.shape[2], q_BHTK.shape[3], k_BHSK.shape[2]
+    scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * K**-0.5, k_BHSK, preferred_element_type=jnp.float32)
+    visible_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
+    weights_BHTS = jax.nn.softmax(jnp.where(visible_TS, scores_BHTS, -1e30))
+    return jnp.einsum("bhts,bhsk->bthk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
+
+
+class Block(eqx.Module):
+    """x + attention(norm(x)) + MLP(norm(x)): both branches read the same x, so they can run side by side."""
+
+    attention_norm: eqx.nn.LayerNorm
+    mlp_norm: eqx.nn.LayerNorm
+    qkv_DE: jax.Array  # no bias on queries, keys and values
+    out_DD: jax.Array
+    out_bias_D: jax.Array
+    up_DF: jax.Array
+    up_bias_F: jax.Array
+    down_FD: jax.Array
+    down_bias_D: jax.Array
+    cfg: Config = eqx.field(static=True)
+
+    def __init__(self, cfg, key):
+        D, residual_std = cfg.dim, 0.02 / (2 * cfg.layers) ** 0.5  # keeps the variance of x even over depth (GPT-2)
+        qkv_key, out_key, up_key, down_key = jax.random.split(key, 4)
+        self.attention_norm, self.mlp_norm = eqx.nn.LayerNorm(D), eqx.nn.LayerNorm(D)
+        self.qkv_DE = normal(qkv_key, D, 3 * D)
+        self.out_DD, self.out_bias_D = normal(out_key, D, D, std=residual_std), jnp.zeros(D)
+        self.up_DF, self.up_bias_F = normal(up_key, D, 4 * D), jnp.zeros(4 * D)
+        self.down_FD, self.down_bias_D = normal(down_key, 4 * D, D, std=residual_std), jnp.zeros(D)
+        self.cfg = cfg
+
+    def __call__(self, x_BTD, keys_B, cache, start):
+        cfg, (B, T, D) = self.cfg, x_BTD.shape
+        qkv_BTE = for_each_token(self.attention_norm, x_BTD) @ self.qkv_DE
+        q_BTHK, k_BTHK, v_BTHK = (x.reshape(B, T, cfg.heads, -1) for x in jnp.split(qkv_BTE, 3, axis=-1))
+        if cache is None:
+            mixed_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, cfg.attention)
+        else:
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+            q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+            cache = write(cache[0], k_BHTK), write(cache[1], v_BHTK)
+            # a branch of its own, though always taken: else XLA copies the cache at each step on CPU, a quarter slower
+            mixed_BTHK = jax.lax.cond(start >= 0, attend, lambda q, *_: q.swapaxes(1, 2), q_BHTK, *cache, start)
+        attended_BTD = mixed_BTHK.reshape(B, T, D) @ self.out_DD + self.out_bias_D
+
+        hidden_BTF = jax.nn.silu(for_each_token(self.mlp_norm, x_BTD) @ self.up_DF + self.up_bias_F)
+        mlp_BTD = hidden_BTF @ self.down_FD + self.down_bias_D
+
+        for branch, branch_BTD in enumerate((attended_BTD, mlp_BTD)):
+            x_BTD += dropout(branch_BTD, fold_in(keys_B, branch), cfg.dropout)
+        return x_BTD, cache
+
+
+class Decoder(eqx.Module):
+    """Token ids in, logits of the next token out. All its leaves are arrays: jax.jit, jax.grad and optax just work."""
+
+    token_VD: jax.Array
+    position_SD: jax.Array  # learned, added to the token's embedding
+    blocks: list[Block]
+    norm: eqx.nn.LayerNorm
+    head_DV: jax.Array  # untied from token_VD
+    head_bias_V: jax.Array
+    cfg: Config = eqx.field(static=True)
+
+    def __init__(self, cfg, key):
+        token_key, position_key, head_key, *block_keys = jax.random.split(key, 3 + cfg.layers)
+        self.token_VD = normal(token_key, cfg.vocab_size, cfg.dim)
+        self.position_SD = normal(position_key, cfg.context, cfg.dim)
+        self.blocks = [Block(cfg, key) for key in block_keys]
+        self.norm = eqx.nn.LayerNorm(cfg.dim)
+        self.head_DV, self.head_bias_V = normal(head_key, cfg.dim, cfg.vocab_size), jnp.zeros(cfg.vocab_size)
+        self.cfg = cfg
+
+    def trunk(self, tokens_BT, keys_B=None, cache=None, start=0):
+        """All but the head: x [B, T, D] of tokens that stand at positions start, start + 1, ..., and the filled cache.
+
+        keys_B: one dropout key per row, when training. cache: from empty_cache, when sampling; `start` may be traced.
+        """
+        position_TD = jax.lax.dynamic_slice_in_dim(self.position_SD, start, tokens_BT.shape[1])
+        x_BTD = dropout(self.token_VD[tokens_BT] + position_TD, fold_in(keys_B, len(self.blocks)), self.cfg.dropout)
+        caches = []
+        for layer, block in enumerate(self.blocks):  # a Python loop: faster than a scan on CPU and TPU, and less memory
+            x_BTD, filled = block(x_BTD, fold_in(keys_B, layer), cache and cache[layer], start)
+            caches.append(filled)
+        return for_each_token(self.norm, x_BTD), cache and caches
+
+    def to_logits(self, x):
+        """x [..., D] -> float32 [..., V]"""
+        return jnp.matmul(x, self.head_DV, preferred_element_type=jnp.float32) + self.head_bias_V
+
+    def __call__(self, tokens_BT, keys_B=None, cache=None, start=0):
+        """trunk, then the head: logits [B, T, V] and the cache."""
+        x_BTD, cache = self.trunk(tokens_BT, keys_B, cache, start)
+        return self.to_logits(x_BTD), cache
+
+
+def for_each_token(layer, x_BTD):
+    return jax.vmap(jax.vmap(layer))(x_BTD)
+
+
+def fold_in(keys_B, number):
+    return keys_B if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_B)
+
+
+def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
+    """Room for the keys and values of `slots` tokens, of a whole context by default: one pair [B, H, S, K] a layer."""
+    shape_BHSK = (batch, cfg.heads, slots or cfg.context, cfg.dim // cfg.heads)
+    return [(jnp.zeros(shape_BHSK, dtype), jnp.zeros(shape_BHSK, dtype)) for _ in range(cfg.layers)]
+
+
+def parameter_count(model):
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def save(path, tree, **meta):
+    """Write a tree of arrays and JSON-able facts as .npz, whole or not at all: a kill or a full disk costs nothing."""
+    arrays = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    beside = Path(f"{path}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            np.savez(file, meta=json.dumps(meta), **jax.device_get(arrays))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(path, like=()):
+    """Read (tree, meta). Of `like`, a tree of arrays or a function of meta that builds one, only the shapes count.
+
+    Parts of the file that `like` lacks (say, the optimizer's) are left unread. Nothing in the file is ever executed,
+    and the zip format's checksums catch damage. ValueError, with one line that says why, where it can't be used.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # a few bytes must not unpack to gigabytes
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed, which our checkpoints never are")
+        with np.load(path, allow_pickle=False) as file:
+            meta = json.loads(str(file["meta"]))
+            like = eqx.filter_eval_shape(like, meta) if callable(like) else like
+            wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
+            leaves = []
+            for name, leaf in wanted:
+                array = file[jax.tree_util.keystr(name)]
+                if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+                    name = jax.tree_util.keystr(name)
+                    raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
+                leaves.append(array)
+        return jax.tree.unflatten(treedef, leaves), meta
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # whatever a damaged or foreign file provokes in zipfile, numpy and json
+        raise ValueError(f"{path}: not a usable checkpoint ({error or type(error).__name__})") from error

@@ -1,0 +1,733 @@
+"""MIDI in, memmaps out: piano music becomes two flat files of token ids, ready for train.py.
+
+    python tokenize.py                                compose études to learn from: needs no data, no network
+    python tokenize.py ~/midi more.zip take.mid       any mix of folders, archives (.zip, .tar.gz) and files
+    python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an archive's URL
+    python tokenize.py asap.zip --out data/asap --report      and show what the tokens lose
+
+A file becomes tokens in three steps, load_score -> prepare -> encode; sample.py reads its prompts with them.
+"""
+
+if __name__ == "tokenize":  # somebody's `import tokenize` found this file: be the standard library's module
+    import os
+    import sys
+    from importlib import machinery, util
+
+    spec = machinery.PathFinder.find_spec("tokenize", [os.path.dirname(os.__file__)])
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["tokenize"] = module
+    globals().update(vars(module))  # for a thread that was waiting for this import
+else:
+    import signal
+
+    if __name__ == "__mp_main__":  # one of our workers, which leaves Ctrl-C to its parent
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import argparse
+    import csv
+    import gzip
+    import hashlib
+    import json
+    import math
+    import multiprocessing
+    import os
+    import random
+    import shutil
+    import sys
+    import tarfile
+    import tempfile
+    import threading
+    import time
+    import urllib.request
+    import zipfile
+    from collections import Counter, namedtuple
+    from concurrent.futures import ThreadPoolExecutor
+    from functools import partial
+    from pathlib import Path
+
+    import numpy as np
+    from huggingface_hub import hf_hub_download
+    from miditok import REMI, TokenizerConfig
+    from miditok.constants import CHORD_MAPS, CHR_ID_START, PITCH_CLASSES
+    from symusic import ControlChange, Note, Pedal, Score, Tempo, TimeSignature, Track
+    from tqdm import tqdm
+
+    # One file. side: "train" or "val" if published, else "". Once read, its ids are base[start:stop].
+    Take = namedtuple("Take", "name path piece side start stop notes seconds", defaults=[0, 0, 0, 0])
+
+PITCHES = 21, 108  # the 88 keys
+MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
+MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
+BPE_TOKENS = 10_000_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
+SUFFIXES = ".mid", ".midi", ".csv"  # a table may hold a data set's own split
+DATASETS = {
+    "maestro": "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
+    "#sha256=70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c",
+    "aria-midi": "hf://loubb/aria-midi/aria-midi-v1-unique-ext.tar.gz",
+}
+
+
+class Refused(ValueError):
+    """A file, an archive or a setting that cannot be used; the message says why, in one line."""
+
+
+# -------------------------------------------------------------------------------- the tokenizer
+
+
+def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, pedals=False, metre=False):
+    """Every musical choice. A note is Pitch Velocity Duration, after Bar and Position where time moves on."""
+    config = TokenizerConfig(
+        pitch_range=PITCHES,
+        # positions a beat, for notes of 0-1, 1-2, 2-4 and 4-16 beats; attacks have the finest
+        beat_res={(0, 1): beat_res, (1, 2): beat_res // 2, (2, 4): beat_res // 4, (4, 16): 2},
+        num_velocities=num_velocities,
+        special_tokens=["PAD", "BOS", "EOS"],
+        encode_ids_split="bar",  # BPE joins no tokens across a bar line
+        use_tempos=tempos,
+        num_tempos=64,
+        delete_equal_successive_tempo_changes=True,
+        use_chords=chords,
+        chord_tokens_with_root_note=True,
+        chord_maps={name: CHORD_MAPS[name] for name in ("maj", "min", "dim", "aug", "7dom")},
+        use_sustain_pedals=pedals,
+        use_time_signatures=metre,
+        time_signature_range={2: [1, 2, 3, 4], 4: [1, 2, 3, 4, 5, 6, 7], 8: list(range(1, 13))},
+        delete_equal_successive_time_sig_changes=True,
+        remove_duplicated_notes=metre,  # else `prepare` leaves none
+    )
+    return REMI(config)
+
+
+def load_tokenizer(path):
+    """Read a tokenizer.json that this file wrote."""
+    try:
+        special = json.loads(Path(path).read_text())["config"]["special_tokens"]
+        tokenizer = REMI(params=path)
+        if special != ["PAD_None", "BOS_None", "EOS_None"] or tokenizer.vocab != REMI(tokenizer.config).vocab:
+            raise ValueError("written by another program")
+        return tokenizer
+    except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
+        raise Refused(f"{path}: not a usable tokenizer ({error or type(error).__name__})") from error
+
+
+# -------------------------------------------------------------------------------- reading one file
+
+
+def load_score(path, tokenizer):
+    """MIDI file -> Score, checked and prepared as for training."""
+    return prepare(read_midi(path), tokenizer)
+
+
+def read_midi(path):
+    """MIDI file -> Score as it stands."""
+    if not os.path.isfile(path) or os.path.getsize(path) > MAX_BYTES:
+        raise Refused(f"not a file of at most {MAX_BYTES:,} bytes")
+    data = Path(path).read_bytes()
+    if data.startswith(b"RIFF"):  # RMID: a MIDI file behind 20 bytes
+        data = data[20:]
+    if data[8:10] == b"\0\2":
+        raise Refused("format 2: its tracks are separate pieces")
+    try:
+        return Score.from_midi(data)
+    except Exception as error:
+        raise Refused(f"not a whole MIDI file: {error}") from error
+
+
+def prepare(score, tokenizer):
+    """Score -> one piano track on the tokenizer's grid, at 120 bpm unless tokens keep its own beats."""
+    config = tokenizer.config
+    own_beats = config.use_tempos or config.use_time_signatures
+    if score.ticks_per_quarter <= 0 or any(tempo.mspq < 10_000 for tempo in score.tempos):
+        raise Refused("no usable clock: a beat of 0 ticks, or under 10 ms")
+    notes, pedal = piano(score if own_beats else score.to("second"), config.use_sustain_pedals)
+    notes = notes[:, (PITCHES[0] <= notes[2]) & (notes[2] <= PITCHES[1])]
+    if not notes.size:
+        raise Refused("no piano notes")
+    grid = config.max_num_pos_per_beat * (2 if config.use_time_signatures else 1)  # beats of x/8 are halves
+    positions = grid / (score.ticks_per_quarter if own_beats else 0.5)  # per tick, or per second
+    origin = 0 if own_beats else notes[0].min()
+    start, end = np.round((notes[:2] - origin) * positions)
+    if start.min() < 0 or not end.max() <= MAX_BEATS * grid:
+        raise Refused(f"too long: over {MAX_BEATS} beats")
+    if np.diff(np.sort(start), prepend=0).max() > MAX_SILENCE * grid:
+        raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
+    order = np.lexsort((notes[0], notes[2], start))
+    order = order[np.diff(start[order] * 128 + notes[2, order], append=-1) != 0]  # one a key and position
+    time, length = start[order].astype(np.int32), np.maximum(end - start, 1)[order].astype(np.int32)
+    pitch, velocity = notes[2:, order].astype(np.int8)
+    track = Track()
+    track.notes = Note.from_numpy(time, length, pitch, velocity, "tick")
+    if config.use_sustain_pedals:
+        for down, up in np.round((pedal - origin) * positions).clip(0).astype(int).tolist():
+            track.pedals.append(Pedal(down, max(1, up - down)))
+    prepared = Score(grid)
+    prepared.tracks.append(track)
+    prepared.tempos.append(Tempo(0, 120))
+    if own_beats:
+        for tempo in score.tempos:
+            prepared.tempos.append(Tempo(round(tempo.time * positions), tempo.qpm))
+        for sign in score.time_signatures:
+            sign = TimeSignature(round(sign.time * positions), sign.numerator, sign.denominator)
+            prepared.time_signatures.append(sign)
+    return prepared
+
+
+def piano(score, dry):
+    """All tracks but drums as one piano: notes [4, N] (start, end, pitch, velocity), pedal [M, 2] (down, up).
+
+    Notes are sorted by pitch and start. Unless dry, the pedal holds them; their key struck again ends them.
+    """
+    notes, controls = [np.zeros((4, 0))], [np.zeros((2, 0))]
+    for track in score.tracks:
+        if not track.is_drum:
+            note, control = track.notes.numpy(), track.controls.numpy()
+            notes.append([note["time"], note["time"] + note["duration"], note["pitch"], note["velocity"]])
+            controls.append(np.array([control["time"], control["value"] >= 64])[:, control["number"] == 64])
+    start, end, pitch, velocity = np.concatenate(notes, axis=1)
+    time, is_down = np.concatenate(controls, axis=1)
+    order = np.argsort(time, kind="stable")
+    pedal = time[order][np.diff(is_down[order], prepend=0) != 0]  # down, up, down, up ...
+    if len(pedal) % 2:
+        pedal = np.append(pedal, max(pedal[-1], end.max(initial=0)))  # never lifted, so up at the end
+    pedal = pedal.reshape(-1, 2)
+    if len(pedal) and not dry:
+        last = np.searchsorted(pedal[:, 0], end, "right") - 1  # when the pedal last went down
+        end = np.where(last >= 0, np.maximum(end, pedal[last, 1]), end)
+    notes = np.stack([start, end, pitch, velocity])[:, np.lexsort((velocity, end, start, pitch))]
+    struck_again = np.where(notes[2, 1:] == notes[2, :-1], notes[0, 1:], np.inf)
+    notes[1, :-1] = np.minimum(notes[1, :-1], struck_again)
+    return notes, pedal
+
+
+# -------------------------------------------------------------------------------- from notes to ids
+
+
+def base_ids(score, tokenizer):
+    """Prepared Score -> ids before BPE [N]: those of tokenizer.encode, without a Python object a token."""
+    config, vocab = tokenizer.config, tokenizer.vocab
+    if config.use_tempos or config.use_chords or config.use_sustain_pedals or config.use_time_signatures:
+        return np.array(tokenizer.encode(score, encode_ids=False)[0].ids, np.uint16)
+    notes, grid = score.tracks[0].notes.numpy(), score.ticks_per_quarter
+    time, bar = notes["time"], 4 * grid
+    lengths = np.array([(beats * parts + part) * grid // parts for beats, part, parts in tokenizer.durations])
+    length_ids = np.array([vocab["Duration_{}.{}.{}".format(*length)] for length in tokenizer.durations])
+    velocity_ids = np.array([vocab[f"Velocity_{velocity}"] for velocity in tokenizer.velocities])
+    moves = np.diff(time, prepend=-1) != 0  # the first note of every chord needs a Position
+    bars = np.diff(time // bar, prepend=-1)  # how many bars begin before each note
+    last = np.cumsum(bars + moves + 3) - 1  # where each note's Duration stands
+    ids = np.full(last[-1] + 1, vocab["Bar_None"], np.uint16)
+    ids[last[moves] - 3] = vocab["Position_0"] + time[moves] % bar
+    ids[last - 2] = vocab[f"Pitch_{PITCHES[0]}"] + notes["pitch"].astype(int) - PITCHES[0]
+    ids[last - 1] = velocity_ids[nearest(tokenizer.velocities, notes["velocity"])]
+    ids[last] = length_ids[nearest(lengths, notes["duration"])]
+    return ids
+
+
+def nearest(choices, values):
+    """For each value, the index of the nearest of the sorted choices; half-way, the upper one."""
+    return np.searchsorted((choices[1:] + choices[:-1]) / 2, values, "right")
+
+
+def encode(score, tokenizer):
+    """Prepared Score -> list of ids, as they stand between BOS and EOS in the training data."""
+    return add_bpe([base_ids(score, tokenizer)], tokenizer)[0]
+
+
+def add_bpe(sequences, tokenizer):
+    """Arrays of base ids -> lists of ids after BPE."""
+    if not tokenizer.is_trained:
+        return [ids.tolist() for ids in sequences]
+    texts = [bar_words(ids, tokenizer) for ids in sequences]
+    return [encoding.ids for encoding in tokenizer._model.encode_batch_fast(texts, is_pretokenized=True)]
+
+
+def bar_words(ids, tokenizer):
+    """Base ids -> one string a bar with one character an id: music as BPE reads it."""
+    text = (ids.astype("<u4") + CHR_ID_START).tobytes().decode("utf-32-le")
+    bar = chr(tokenizer["Bar_None"] + CHR_ID_START)  # how every piece begins
+    return [bar + rest for rest in text.split(bar)[1:]]
+
+
+def transposition(tokenizer, semitones):
+    """A table [base vocabulary] of what every base id becomes; -1 where it leaves the keyboard."""
+    table = np.arange(len(tokenizer.vocab))
+    for token, index in tokenizer.vocab.items():
+        kind, value = token.split("_")
+        if kind == "Pitch":
+            table[index] = tokenizer.vocab.get(f"Pitch_{int(value) + semitones}", -1)
+        elif kind == "Chord":
+            root, quality = value.split(":")
+            root = PITCH_CLASSES[(PITCH_CLASSES.index(root) + semitones) % 12]
+            table[index] = tokenizer.vocab[f"Chord_{root}:{quality}"]
+    return table
+
+
+# -------------------------------------------------------------------------------- reading many files
+
+
+def read_takes(takes, tokenizer, workers, base_path, skipped):
+    """Read every file once, appending its ids to base_path; return the takes that could be read."""
+    readable, seen = [], {}
+    with open(base_path, "wb") as base:
+        answers = parallel(partial(read_one, tokenizer), [take.path for take in takes], workers)
+        for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
+            digest, ids, notes, seconds = answer or [None] * 4
+            if digest in seen:
+                reason = f"duplicate: the same bytes as {seen[digest]}"
+            if reason:
+                skipped.append((take.name, reason))
+                continue
+            seen[digest] = take.name
+            start = base.tell() // ids.itemsize
+            ids.tofile(base)
+            readable.append(take._replace(start=start, stop=start + len(ids), notes=notes, seconds=seconds))
+    return readable
+
+
+def read_one(tokenizer, path):
+    """What a worker does: file -> its SHA-256, base ids, number of notes, seconds of music."""
+    score = load_score(path, tokenizer)
+    digest = hashlib.sha256(Path(path).read_bytes()).digest()
+    return digest, base_ids(score, tokenizer), score.note_num(), score.to("second").end()
+
+
+def parallel(function, items, workers, seconds=MAX_SECONDS):
+    """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item."""
+    context = multiprocessing.get_context("spawn")
+    mine, hired = threading.local(), []  # every thread has one worker process, and replaces it when it fails
+
+    def ask(item):
+        if getattr(mine, "worker", None) is None:
+            mine.pipe, theirs = context.Pipe()
+            mine.worker = context.Process(target=serve, args=(theirs, function), daemon=True)
+            mine.worker.start()
+            theirs.close()  # so that the pipe ends when the worker does
+            hired.append(mine.worker)
+        try:
+            mine.pipe.send(item)
+            if mine.pipe.poll(seconds):
+                return mine.pipe.recv()
+            reason = f"too slow: gave up after {seconds} s"
+        except (EOFError, OSError):
+            reason = "crashed: it killed the process that read it"
+        mine.worker.kill()
+        mine.worker = None
+        return None, reason
+
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
+                yield from threads.map(ask, items[first : first + 1000])
+        finally:
+            for worker in hired:
+                worker.kill()
+
+
+def serve(pipe, function):
+    """A worker process: answers every item until the parent hangs up."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    except ImportError:  # Windows has no such limit
+        pass
+    while True:
+        try:
+            item = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(item), None
+        except Refused as error:
+            answer = None, str(error)
+        except Exception as error:
+            answer = None, f"failed: {type(error).__name__}: {error}"
+        pipe.send(answer)
+
+
+# -------------------------------------------------------------------------------- finding the files
+
+
+def find_files(sources, work, downloads, skipped):
+    """Folders, files, archives, data sets and addresses -> one Take for every MIDI file, in a fixed order."""
+    takes = []
+    for number, source in enumerate(sources):
+        path = Path(source)
+        is_download = not path.exists() and (source in DATASETS or "://" in source)
+        if is_download:
+            path = download(source, downloads)
+        if path.is_dir():
+            label, found = path.resolve().name, walk(path, skipped)
+        elif path.is_file() and path.suffix.lower() in SUFFIXES:
+            label, found = path.resolve().parent.name, [(path.name, path)]
+        elif path.is_file():
+            label, found = path.name.split(".")[0], unpack(path, work / str(number), is_download)
+        else:
+            raise Refused(f"{source}: no such file or folder, nor a data set ({', '.join(DATASETS)})")
+        published = {}
+        for name, path in found:
+            published |= published_split(name, path) if name.endswith(".csv") else {}
+        for name, path in found:
+            piece, side = published.get(name, (f"{label}/{os.path.dirname(name) or name}", ""))
+            if side == "test":
+                skipped.append((f"{label}/{name}", "test split: kept out of training and validation"))
+            elif not name.endswith(".csv"):
+                takes.append(Take(f"{label}/{name}", str(path), piece, side))
+    return takes
+
+
+def walk(folder, skipped):
+    """Folder -> [(name inside, path)] of MIDI files and tables, sorted. Links to folders are not followed."""
+    found = []
+    unreadable = lambda error: skipped.append((error.filename, "unreadable folder"))
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        folders.sort()
+        paths = [os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
+        found += [(os.path.relpath(path, folder), path) for path in paths]
+    return found
+
+
+def published_split(name, path):
+    """MAESTRO's own table -> {name of a MIDI file: (piece, side)}; any other table -> {}."""
+    split, sides = {}, {"train": "train", "validation": "val", "test": "test"}
+    try:
+        with open(path, encoding="utf-8", newline="") as table:
+            for row in csv.DictReader(table):
+                midi = os.path.join(os.path.dirname(name), row["midi_filename"])
+                split[midi] = f"{row['canonical_composer']}: {row['canonical_title']}", sides[row["split"]]
+    except (KeyError, TypeError, ValueError, csv.Error, OSError):
+        return {}
+    return split
+
+
+def unpack(archive, folder, is_download):
+    """Archive -> [(name inside, path)] of MIDI files and tables. Names are labels, not paths of this disk."""
+    found, size, limit = [], 0, 200_000_000 + 100 * archive.stat().st_size
+    folder.mkdir()
+    try:
+        for name, claimed, opener in tqdm(members(archive), f"unpacking {archive.name}", unit=" files"):
+            size += claimed
+            if size > limit:
+                raise ValueError(f"a bomb? It would fill over {limit / 1e6:.0f} MB")
+            if name.lower().endswith(SUFFIXES):
+                path = folder / f"{len(found)}{Path(name).suffix.lower()}"
+                with opener() as member:
+                    path.write_bytes(member.read(MAX_BYTES + 1))
+                found.append((name, path))
+    except Exception as error:  # whatever a damaged archive makes zipfile, tarfile, gzip and zlib raise
+        if is_download:
+            archive.unlink()
+        raise Refused(f"{archive}: not a whole .zip or .tar.gz ({error})") from error
+    return found
+
+
+def members(archive):
+    """Yield (name, size, function that opens it) for every file in a .zip or .tar.gz."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            for info in opened.infolist():
+                yield info.filename, info.file_size, partial(opened.open, info)
+    else:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as opened:
+            for info in filter(tarfile.TarInfo.isfile, opened):
+                yield info.name, info.size, partial(opened.extractfile, info)
+            while stream.read(1 << 20):  # the checksum comes last
+                pass
+
+
+def download(source, folder):
+    """A data set or an address[#sha256=...] -> its archive: fetched once, resumed where cut off, checked."""
+    address, _, sha256 = DATASETS.get(source, source).partition("#sha256=")
+    name = address.partition("?")[0].rpartition("/")[2] or "archive"
+    path = folder / hashlib.sha256(address.encode()).hexdigest()[:8] / name
+    part = path.with_name("unfinished")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if address.startswith("hf://"):
+            repository = address[len("hf://") : -len(name) - 1]
+            return Path(hf_hub_download(repository, name, repo_type="dataset", local_dir=path.parent))
+        done = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            done = done if reply.status == 206 else 0  # else it comes from the start
+            total = done + int(reply.headers.get("Content-Length") or 0)
+            bar = tqdm.wrapattr(reply, "read", total, desc=f"downloading {name}", initial=done)
+            with bar as counted, open(part, "ab" if done else "wb") as file:
+                shutil.copyfileobj(counted, file)
+        if part.stat().st_size < total:
+            raise ConnectionError(f"cut off after {part.stat().st_size} of {total} bytes")
+    except Exception as error:  # whatever the network, a server and the hub raise
+        if isinstance(error, urllib.error.HTTPError):
+            part.unlink(missing_ok=True)  # it may be that the rest of it is no longer to be had
+        raise Refused(f"{address}: {error}; run again to go on") from error
+    if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+        part.unlink()
+        raise Refused(f"{address}: damaged on its way (wrong SHA-256); run again")
+    os.replace(part, path)
+    return path
+
+
+# -------------------------------------------------------------------------------- from ids to memmaps
+
+
+def split(takes, val_fraction, split_by, seed):
+    """Give every take a side, "train" or "val", by a draw from its piece's name: all takes go together.
+
+    A draw depends on nothing else, so adding files moves no piece; only where draws leave a side empty does
+    the nearest piece go there. Where all files are in one folder, every file is a piece.
+    """
+    if split_by == "file" or len({take.piece for take in takes}) == 1:
+        takes = [take._replace(piece=take.name, side="") for take in takes]
+    drawn = {}
+    for piece in {take.piece for take in takes if not take.side}:
+        digest = hashlib.sha256(f"{seed} {piece}".encode(errors="surrogateescape")).digest()
+        drawn[piece] = int.from_bytes(digest[:8], "big") / 2**64
+    lowest, highest = min(drawn.values(), default=0), max(drawn.values(), default=0)
+    limit = max(lowest, val_fraction)
+    held_out = {piece for piece, draw in drawn.items() if draw <= limit and draw < highest}
+    return [take._replace(side=take.side or ("val" if take.piece in held_out else "train")) for take in takes]
+
+
+def learn_bpe(tokenizer, takes, base, vocab_size):
+    """Train BPE in place on the base ids of training takes."""
+    stride = math.ceil(sum(take.stop - take.start for take in takes) / BPE_TOKENS)
+    texts = [bar_words(base[take.start : take.stop], tokenizer) for take in takes[::stride]]
+    tokenizer.train(vocab_size=vocab_size, iterator=texts)
+
+
+def write_side(path, takes, base, tokenizer, shifts, dtype):
+    """Write every take, in all transpositions that the keyboard holds, as BOS ... EOS; count them."""
+    tables = [transposition(tokenizer, semitones) for semitones in shifts]
+    sequences = tokens = 0
+    with open(path, "wb") as file, tqdm(desc=f"writing {path.name}", total=len(takes), unit=" files") as bar:
+        for first in range(0, len(takes), 16):
+            group = takes[first : first + 16]
+            for table in tables:
+                shifted = [table[base[take.start : take.stop]] for take in group]
+                for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
+                    np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
+                    sequences, tokens = sequences + 1, tokens + len(ids) + 2
+            bar.update(len(group))
+    notes, seconds = sum(take.notes for take in takes), round(sum(take.seconds for take in takes))
+    counts = {"pieces": len({take.piece for take in takes}), "files": len(takes), "notes": notes}
+    return counts | {"seconds": seconds, "sequences": sequences, "tokens": tokens}
+
+
+def round_trip(takes, tokenizer):
+    """Up to 20 files -> ids -> notes: how many are lost, how far are others off (median, 95th percentile)."""
+    takes = takes[:: math.ceil(len(takes) / 20)]
+    errors, notes, lost, tokens = [], 0, 0, 0
+    for take in tqdm(takes, "round trip", unit=" files"):
+        ids = encode(load_score(take.path, tokenizer), tokenizer)
+        before, _ = piano(read_midi(take.path).to("second"), tokenizer.config.use_sustain_pedals)
+        after, _ = piano(tokenizer.decode([ids]).to("second"), tokenizer.config.use_sustain_pedals)
+        tokens += len(ids)
+        notes += before.shape[1]
+        lost += before.shape[1] - after.shape[1]
+        for played in (before, after):
+            played[1] -= played[0]  # lengths, not ends
+            played[0] -= played[0].min()
+        match = nearest(after[2] * 1e6 + after[0], before[2] * 1e6 + before[0])  # same key, nearest time
+        errors.append(np.abs(before - after[:, match])[:, before[2] == after[2, match]])
+    onset, length, _, velocity = np.percentile(np.concatenate(errors, axis=1), [50, 95], axis=1).T
+    return {
+        "files": len(takes),
+        "notes": notes,
+        "notes_lost": lost,
+        "onset_ms": (onset * 1000).round(2).tolist(),
+        "duration_ms": (length * 1000).round(2).tolist(),
+        "velocity": velocity.round(2).tolist(),
+        "tokens_per_note": round(tokens / notes, 2),
+        "tokens_per_second": round(tokens / sum(take.seconds for take in takes), 2),
+    }
+
+
+# -------------------------------------------------------------------------------- a corpus of our own
+
+# Four chords, one a bar, by degree of the scale (0 tonic, 4 dominant): questions, answers, somewhere else.
+QUESTIONS = (0, 3, 0, 4), (0, 5, 3, 4), (0, 5, 1, 4), (0, 2, 3, 4), (0, 0, 3, 4)
+ANSWERS = (0, 3, 4, 0), (0, 1, 4, 0), (5, 1, 4, 0), (0, 5, 4, 0), (3, 0, 4, 0)
+ELSEWHERE = (5, 2, 3, 4), (3, 0, 1, 4), (5, 3, 0, 4), (1, 5, 3, 4)
+# One bar of one hand in equal parts: steps of the scale above the root of the chord, B bass, C chord, - hold.
+FIGURES = {
+    4: "04240424 B0242420 B-C-B-C- C---C--- B-024-20 B---C-C-",
+    3: "B-C-C- B02420 042424 B--C-- B-024-",
+}
+MELODIES = {
+    4: "0-2-4-2- 4-3-2--- 4--32-0- 2---4--- 01234--- 7-4-2-4- 45432-0- 2-1-2-4- 0123456776543210",
+    3: "0-2-4- 4--32- 2---4- 012345 420242 7-4-2- 4-5-4- 012345654321",
+}
+CADENCES = {4: "0------- 1---0--- 2-1-0---", 3: "0----- 1-0--- 210---"}
+
+
+def compose(seed):
+    """A small tonal étude as a Score: melody in phrases over a figure, with rubato, dynamics and pedal."""
+    dice = random.Random(seed)
+    beats, bar_seconds = dice.choice([(4, 2), (4, 2), (3, 2), (3, 2), (4, 4)])
+    tonic, minor = dice.randrange(67, 79), dice.random() < 0.4
+    loudness, rubato = dice.uniform(52, 70), dice.choice([0, 0.03, 0.06])
+    scale = (0, 2, 3, 5, 7, 8, 10) if minor else (0, 2, 4, 5, 7, 9, 11)
+    track = Track()
+
+    def key(chord, steps):
+        """The key some steps of the scale above the root of a chord."""
+        octave, step = divmod(chord - 7 * (chord > 2) + steps, 7)
+        leading_tone = minor and chord == 4 and step == 6
+        return tonic + 12 * octave + scale[step] + leading_tone
+
+    def seconds(bar):
+        """When a moment, in bars, sounds: a phrase of four hurries, then waits; the last bar slows down."""
+        return bar * bar_seconds - rubato * math.sin(math.pi * bar / 2) + 0.4 * max(0, bar + 1 - bars) ** 2
+
+    def play(bar, chord, text, left):
+        """Write one bar of one hand."""
+        for slot, name in enumerate(text):
+            start, rest = bar + slot / len(text), text[slot + 1 :]
+            length = (1 + len(rest) - len(rest.lstrip("-"))) / len(text)
+            begin, end = seconds(start) + dice.uniform(0, 0.008), seconds(start + 0.95 * length)
+            for steps in {"B": "0", "C": "024", "-": ""}.get(name, name):
+                pitch = key(chord, int(steps))
+                if left:  # inside one octave, which keeps the hand still
+                    lowest = 36 if name == "B" else 48
+                    pitch = lowest + (pitch - lowest) % 12
+                swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (slot == 0) + dice.gauss(0, 2)
+                velocity = round(loudness + swell + (-8 if left else 8))
+                track.notes.append(Note(round(960 * begin), round(960 * (end - begin)), pitch, velocity))
+
+    def section(*progressions):
+        """Two phrases of four bars (chord, melody, figure): melodies a, a, b, a cadence, over one figure."""
+        figure, a, b = (dice.choice(texts[beats].split()) for texts in (FIGURES, MELODIES, MELODIES))
+        for progression in progressions:
+            cadence = dice.choice(CADENCES[beats].split())
+            for chord, melody in zip(dice.choice(progression), (a, a, b, cadence)):
+                yield chord, melody, figure
+
+    first, second = list(section(QUESTIONS, ANSWERS)), list(section(ELSEWHERE, QUESTIONS))
+    form = first + second + first if bar_seconds == 4 else first + first + second + first
+    bars = len(form)
+    for bar, (chord, melody, figure) in enumerate(form):
+        play(bar, chord, melody, left=False)
+        play(bar, chord, figure, left=True)
+        if "B" in figure and not set("1356") & set(melody):  # pedal where the whole bar is one chord
+            for moment, value in ((bar + 0.02, 127), (bar + 0.98, 0)):
+                track.controls.append(ControlChange(round(960 * seconds(moment)), 64, value))
+    for text, left in (("B", True), ("C", True), ("0", False)):
+        play(bars, 0, text, left)
+    score = Score(480)
+    score.tempos.append(Tempo(0, 120))
+    score.tracks.append(track)
+    return score
+
+
+# -------------------------------------------------------------------------------- the steps, in order
+
+
+def main(args):
+    began = time.monotonic()
+    options = args.tempos, args.chords, args.sustain_pedals, args.time_signatures
+    tokenizer = build_tokenizer(args.beat_res, args.num_velocities, *options)
+    if 0 < (args.vocab_size or 0) <= len(tokenizer):
+        raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}, the base tokens")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=args.out) as work:
+        work, sources, skipped = Path(work), args.sources, []
+        if not sources:
+            (work / "etudes").mkdir()
+            for number in tqdm(range(args.etudes), "composing", unit=" études"):
+                score = compose(args.seed * 1_000_000 + number)
+                score.dump_midi(work / "etudes" / f"{number:06d}.mid")
+            sources = [str(work / "etudes")]
+        takes = find_files(sources, work, args.downloads, skipped)
+        if not takes:
+            raise Refused(f"no MIDI files (.mid, .midi) in {', '.join(sources)}")
+        reading = time.monotonic()
+        takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
+        reading = time.monotonic() - reading
+        reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
+        print(f"read {len(takes)} files at {sum(take.notes for take in takes) / reading:,.0f} notes/s")
+        print(f"skipped {len(skipped)}: {reasons}" if skipped else "skipped none")
+
+        takes = split(takes, args.val_fraction, args.split_by, args.seed)
+        sides = {side: [take for take in takes if take.side == side] for side in ("train", "val")}
+        if not all(sides.values()):
+            raise Refused(f"{len(takes)} readable files are not two pieces, one to train on, one to hold out")
+        vocab_size, train_notes = args.vocab_size, sum(take.notes for take in sides["train"])
+        if vocab_size is None:
+            vocab_size = min(10_000, max(1000, round(train_notes // 2000, -3)))
+            print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
+        base = np.memmap(work / "base.bin", np.uint16, "r")
+        if vocab_size:
+            learn_bpe(tokenizer, sides["train"], base, vocab_size)
+        tokenizer.save(work / "tokenizer.json")
+        meta = {"vocab_size": len(tokenizer), "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32"}
+        meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
+        meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
+        for side, shift in (("train", args.transpose), ("val", 0)):
+            shifts = range(-shift, shift + 1)
+            meta[side] = write_side(work / f"{side}.bin", sides[side], base, tokenizer, shifts, meta["dtype"])
+            print(f"{side}: " + ", ".join(f"{count:,} {name}" for name, count in meta[side].items()))
+        meta["settings"] = {name: str(value) for name, value in vars(args).items()}
+        meta["skipped"], meta["round_trip"] = reasons, round_trip(takes, tokenizer)
+        if args.report:
+            print(f"round trip: {meta['round_trip']}")
+        table = open(work / "skipped.csv", "w", newline="", encoding="utf-8", errors="backslashreplace")
+        with table:
+            csv.writer(table).writerows([("file", "reason"), *skipped])
+        (work / "meta.json").write_text(json.dumps(meta, indent=2))
+        publish(work, args.out)
+    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s")
+
+
+def publish(work, out):
+    """Move the finished files to their place. Killed here, no meta.json describes another run's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (out / "meta.json").unlink(missing_ok=True)
+    for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv", "meta.json"):
+        os.replace(work / name, out / name)
+
+
+def parse_arguments():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    flag = parser.add_argument
+    flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, URL; none: études")
+    flag("--out", type=Path, default="data", help="folder to write (data)")
+    flag("--vocab_size", type=int, help="tokens after BPE, 0 for none (by the size of the corpus)")
+    flag("--beat_res", type=int, default=24, help="positions a beat of 0.5 s, a multiple of 4 (24)")
+    flag("--num_velocities", type=int, default=16, help="levels of loudness (16)")
+    flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens (else: 120 bpm)")
+    flag("--time_signatures", action="store_true", help="keep the files' beats and bars, with TimeSig tokens")
+    flag("--chords", action="store_true", help="Chord tokens: 12 roots x maj, min, dim, aug, dominant 7th")
+    flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: notes as long as it holds them)")
+    flag("--transpose", type=int, default=0, metavar="K", help="training copies up to K semitones off (0)")
+    flag("--val_fraction", type=float, default=0.1, help="share of the pieces to hold out (0.1)")
+    flag("--split_by", choices=["piece", "file"], default="piece", help="a piece is a folder (piece)")
+    flag("--etudes", type=int, default=400, help="études to compose without SOURCE (400)")
+    flag("--downloads", type=Path, default="downloads", help="folder that keeps downloads (downloads)")
+    flag("--report", action="store_true", help="print what the tokens lose (meta.json has it anyway)")
+    flag("--workers", type=int, default=os.cpu_count(), help="processes that read files (one a core)")
+    flag("--seed", type=int, default=0, help="draws the études and the split (0)")
+    args = parser.parse_args()
+    limits = {"vocab_size": (0, 10**6), "beat_res": (4, 96), "num_velocities": (1, 127), "transpose": (0, 24)}
+    limits |= {"val_fraction": (0.001, 0.999), "etudes": (2, 10**6), "workers": (1, 1000)}
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} {value}: must be from {low} to {high}")
+    if args.beat_res % 4:
+        parser.error(f"--beat_res {args.beat_res}: must be a multiple of 4")
+    return parser, args
+
+
+if __name__ == "__main__":
+    parser, args = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill tidies up as Ctrl-C does
+    try:
+        main(args)
+    except (Refused, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was written")

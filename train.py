@@ -1,0 +1,574 @@
+"""Trains the piano transformer on every GPU, TPU or CPU device it sees.
+
+    python train.py                                     # data/ -> run/, at a size that suits the device
+    python train.py --data data/asap --run run/asap     # other data, another run
+    python train.py --resume                            # go on after a kill, bit for bit, with the run's own flags
+    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-4      # fine-tune
+    python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
+
+Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils, topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from model import Config, Decoder, load, parameter_count, save
+
+SIZES = {  # flags that a size sets, unless they are given
+    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=16, learning_rate=3e-3, steps=800),
+    "small": dict(dim=384, heads=6, layers=6, context=1024, batch_size=32, learning_rate=1e-3, steps=10_000),
+    "base": dict(dim=768, heads=12, layers=12, context=1024, batch_size=64, learning_rate=6e-4, steps=20_000),
+}
+DEVICES = {  # part of the name: peak dense bfloat16 TFLOP/s, memory in GiB, clock in GHz (for --compile_for)
+    "TPU v2": (22.5, 8, 0.7), "TPU v3": (61.5, 16, 0.94), "TPU v4": (275, 32, 1.05), "TPU v5 lite": (197, 16, 1.5),
+    "TPU v5e": (197, 16, 1.5), "TPU v5": (459, 95, 1.75), "TPU v6": (918, 32, 1.75), "A100": (312, 80, 1.4),
+    "H100": (989, 80, 1.8), "H200": (989, 141, 1.8), "L4": (121, 24, 2.0), "RTX 3090": (71, 24, 1.7),
+    "RTX 4090": (165, 24, 2.5),
+}  # fmt: skip
+COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
+           "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
+THIS_LAUNCH = ["run", "overwrite", "resume", "init_from", "max_hours", "multihost", "compile_for", "attention"]
+DIVERGED = """
+The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. {run} keeps the
+last good checkpoints. Try a lower --learning_rate, a longer --warmup (now {warmup}) or --precision float32."""
+MODEL_FLAGS = [field.name for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # the tokenizer's
+LAUNCHED = time.time()
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def make_parser():
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS)
+    add = parser.add_argument_group("what and where").add_argument
+    add("--data", default="data", help="folder written by tokenize.py")
+    add("--run", default="run", help="folder for checkpoints, log.csv and loss.png")
+    add("--overwrite", action="store_true", help="start again in a folder that holds a run")
+    add("--resume", action="store_true", help="go on from RUN/last.ckpt with its flags; flags given here win")
+    add("--init_from", metavar="CKPT", help="start from these weights (fine-tuning)")
+    add("--seed", type=int, default=0)
+    add("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
+
+    add = parser.add_argument_group("model (the size sets what you don't)").add_argument
+    add("--size", choices=SIZES, help="default: tiny on CPU, base on GPU and TPU")
+    for name in MODEL_FLAGS:
+        add(f"--{name}", type=type(getattr(Config, name)), help=f"reference: {getattr(Config, name)}")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="optimizer steps")
+    add("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
+    add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result")
+    add("--learning_rate", type=float, help="its peak, after the warm-up; it falls to a tenth by a cosine")
+    add("--warmup", type=int, help="steps; default: a tenth of them, 1000 at most")
+    add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms, biases and embeddings")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--bos_share", type=float, default=0.1, help="share of windows that start where their piece starts")
+    add("--precision", choices=["float32", "bfloat16"], help="of the computation; default: bfloat16 on GPU and TPU")
+    add("--log_every", type=int, default=20, help="steps")
+    add("--eval_every", type=int, help="steps; default: ten times a run")
+    add("--save_every", type=int, help="steps; default: at every evaluation")
+    add("--max_hours", type=float, default=float("inf"), help="save and stop before this much time has passed")
+
+    add = parser.add_argument_group("machines").add_argument
+    add("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I", help="one of several hosts: found by itself on "
+        "TPU pods and SLURM; else process 0's address, how many processes, and which is this")  # fmt: skip
+    add("--compile_for", metavar="TOPOLOGY", help="compile for TPUs elsewhere (v5e:2x4, v3:2x2x1) and report")
+    return parser
+
+
+def fail(message):
+    """A user's mistake: one line and exit code 2, no traceback."""
+    make_parser().error(message)
+
+
+def read_flags(argv):
+    """Flags given win over those of the checkpoint, these over the size's. Returns them and the devices to run on."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.multihost:
+        address, processes, index = args.multihost.split(",")
+        jax.distributed.initialize(address, int(processes), int(index))
+    elif args.multihost is not None:
+        jax.distributed.initialize()
+    devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
+
+    platform, capability = devices[0].platform, getattr(devices[0], "compute_capability", 0)
+    fast_bfloat16 = platform == "tpu" or (platform == "gpu" and float(capability) >= 8)
+    fused_attention = {"tpu": "splash", "gpu": "cudnn"}[platform] if fast_bfloat16 else "xla"
+    parser.set_defaults(precision="bfloat16" if fast_bfloat16 else "float32", dropout=Config.dropout)
+    size = args.size or ("tiny" if platform == "cpu" else "base")
+    parser.set_defaults(size=size, **SIZES[size])
+    try:
+        if args.init_from:
+            parser.set_defaults(**load(args.init_from)[1]["config"] | {"attention": None})
+        if args.resume:
+            parser.set_defaults(**load(Path(args.run) / "last.ckpt")[1]["flags"])
+    except (ValueError, KeyError) as error:
+        fail(error)
+
+    args = parser.parse_args(argv)
+    args.attention = args.attention or (fused_attention if args.precision == "bfloat16" else "xla")
+    args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
+    args.save_every = args.save_every or args.eval_every
+    for name, value in vars(args).items():
+        if type(value) is int and value < (0 if name in ("seed", "warmup") else 1):
+            fail(f"--{name} {value}: is too small")
+    if args.dim % args.heads or args.dim % 4:
+        fail(f"--dim {args.dim}: must be a multiple of 4 and of --heads {args.heads}")
+    if not 0 <= args.dropout < 1:
+        fail(f"--dropout {args.dropout}: must be at least 0 and below 1")
+    unit = len(devices) * args.accumulate
+    if args.batch_size % unit:
+        nearest = max(1, round(args.batch_size / unit)) * unit
+        fail(f"--batch_size {args.batch_size}: does not divide over {len(devices)} devices x --accumulate "
+             f"{args.accumulate}; the nearest that does is {nearest}")  # fmt: skip
+    return args, devices
+
+
+def device_limits(device):
+    """Peak bfloat16 FLOP/s, memory in bytes and clock in Hz; NaN where not known."""
+    known = [limits for name, limits in DEVICES.items() if name in device.device_kind]
+    tera_flops, gibibytes, giga_hertz = known[0] if known else (np.nan, np.nan, np.nan)
+    return 1e12 * tera_flops, 2**30 * gibibytes, 1e9 * (giga_hertz or np.nan)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+class Data:
+    """The folder that tokenize.py wrote, checked: JAX would silently clamp an id beyond the vocabulary."""
+
+    def __init__(self, folder, context):
+        self.folder, self.tokens, self.counts, self.starts = Path(folder), {}, {}, {}  # starts: where BOS stands
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
+            self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
+            if self.sha256 != self.meta["tokenizer_sha256"]:
+                raise ValueError("tokenizer.json is not the one that wrote the tokens")
+            for split in ("train", "val"):
+                tokens = self.tokens[split] = np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
+                if len(tokens) != self.meta[split]["tokens"]:
+                    raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {self.meta[split]['tokens']}")
+                if len(tokens) <= context:
+                    raise ValueError(f"{split}.bin: {len(tokens)} tokens do not fill --context {context}, lower it")
+                self.counts[split], starts = np.zeros(vocab_size := self.meta["vocab_size"]), []
+                for i in range(0, len(tokens), 1 << 24):  # a bounded copy at a time, whatever the size of the corpus
+                    chunk = tokens[i : i + (1 << 24)]
+                    if chunk.max() >= vocab_size:
+                        raise ValueError(f"{split}.bin holds token {chunk.max()}, the vocabulary {vocab_size}")
+                    self.counts[split] += np.bincount(chunk, minlength=vocab_size)
+                    starts.append(i + np.flatnonzero(chunk == self.meta["bos"]))
+                self.starts[split] = np.concatenate(starts)
+                if not len(self.starts[split]):
+                    raise ValueError(f"{split}.bin: no piece starts in it (token {self.meta['bos']})")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            fail(f"--data {folder}: {reason}; to make it anew: python tokenize.py --out {folder}")
+
+    def unigram_entropy(self):
+        """Nats per token of a model that only knows how frequent each token is: the first thing to beat."""
+        share = self.counts["train"][self.counts["train"] > 0] / self.counts["train"].sum()
+        return -(share * np.log(share)).sum()
+
+    def windows(self, split, starts, length):
+        """[rows, length] ids from each start on; zeros past the end."""
+        rows = np.zeros((len(starts), length), np.int32)
+        for row, start in zip(rows, starts):
+            ids = self.tokens[split][start : start + length]
+            row[: len(ids)] = ids
+        return rows
+
+    def draw(self, args, step):
+        """The step's windows [A, B, T + 1]: a function of seed and step, so that a resumed run draws the same."""
+        rng = np.random.default_rng((args.seed, step))
+        starts = rng.integers(len(self.tokens["train"]) - args.context, size=args.batch_size)
+        piece = np.searchsorted(self.starts["train"], starts, side="right") - 1
+        snap = rng.random(args.batch_size) < args.bos_share  # else position 0 would hardly ever see BOS
+        starts = np.where(snap, self.starts["train"][np.maximum(piece, 0)], starts)
+        return self.windows("train", starts, args.context + 1).reshape(args.accumulate, -1, args.context + 1)
+
+
+def put(mesh, spec, array):
+    """Host array -> devices. On several hosts each passes the same array and keeps the rows of its own devices."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+REPLICATED, ROWS, MICRO_ROWS = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+
+
+def make_optimizer(args):
+    """AdamW behind gradient clipping, and its schedule: linear warm-up, then a cosine down to a tenth."""
+    warmup = min(args.warmup, args.steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps, args.learning_rate / 10)
+    decayed = ("qkv_DE", "out_DD", "up_DF", "down_FD", "head_DV")
+    mask = lambda model: jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].name in decayed, model)
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=args.weight_decay, mask=mask)
+    return optax.chain(optax.clip_by_global_norm(args.grad_clip), adamw), schedule
+
+
+def token_losses(model, tokens_BT, keys_B, precision):
+    """Nats of every token but each row's first, float32 [B * T], computed in `precision` from float32 weights."""
+    model = jax.tree.map(lambda weights: weights.astype(precision), model)
+    logits_BTV, _ = model(tokens_BT[:, :-1], keys_B)
+    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # flat: a third faster on CPU
+    return optax.softmax_cross_entropy_with_integer_labels(logits_NV, tokens_BT[:, 1:].ravel())
+
+
+def mean_loss(model, tokens_BT, keys_B, precision):
+    return token_losses(model, tokens_BT, keys_B, precision).mean()
+
+
+def on_each_device(function, mesh, *in_specs):
+    """Every device runs `function` on its own rows: XLA could not split the fused attention kernels by itself."""
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False)
+
+
+def make_train_step(args, mesh, optimizer):
+    """The one compiled program of training: (state, tokens_ABT, step) -> state, (loss, norm of the gradient)."""
+
+    def loss_and_gradient(model, tokens_ABT, keys_AB):
+        def add_micro_batch(total, batch):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model, *batch, args.precision)), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), model))
+        total, _ = jax.lax.scan(add_micro_batch, zero, (tokens_ABT, keys_AB), unroll=args.accumulate == 1)
+        return jax.lax.pmean(jax.tree.map(lambda x: x / args.accumulate, total), "data")  # once a step
+
+    def train_step(state, tokens_ABT, step):
+        step_key = jax.random.fold_in(jax.random.key(args.seed), step)
+        keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(args.batch_size))
+        parallel = on_each_device(loss_and_gradient, mesh, REPLICATED, MICRO_ROWS, MICRO_ROWS)
+        loss, gradient = parallel(state["model"], tokens_ABT, keys.reshape(args.accumulate, -1))
+        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["model"])
+        model = optax.apply_updates(state["model"], updates)
+        return {"model": model, "optimizer": optimizer_state}, (loss, optax.tree.norm(gradient))
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(args, mesh):
+    """(model, tokens_BT, real_BT) -> the sum of nats over the real ones of the predicted tokens."""
+
+    def nats(model, tokens_BT, real_BT):
+        return jax.lax.psum(jnp.sum(token_losses(model, tokens_BT, None, args.precision) * real_BT.ravel()), "data")
+
+    return jax.jit(on_each_device(nats, mesh, REPLICATED, ROWS, ROWS))
+
+
+def evaluate(args, data, mesh, eval_step, model):
+    """Every token of every held-out piece, predicted once, from those before it in its window of --context tokens."""
+    piece_ends = np.append(data.starts["val"][1:], len(data.tokens["val"]))
+    windows = [
+        (start, min(args.context, end - 1 - start))  # first token and how many predictions are real
+        for piece, end in zip(data.starts["val"], piece_ends)
+        for start in range(piece, end - 1, args.context)
+    ]
+    rows, sums = args.batch_size // args.accumulate, []
+    padded = windows + [(0, 0)] * (-len(windows) % rows)
+    for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2):
+        starts, counts = np.array(padded[i : i + rows]).T
+        tokens_BT = data.windows("val", starts, args.context + 1)
+        real_BT = np.arange(args.context) < counts[:, None]
+        sums.append(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, real_BT)))
+    nats = sum(map(float, sums))
+    return {
+        "val_nats_per_token": nats / sum(count for _, count in windows),
+        "val_nats_per_note": nats / data.meta["val"]["notes"],
+        "val_bits_per_second": nats / np.log(2) / data.meta["val"]["seconds"],
+    }
+
+
+# ----------------------------------------------------------------------------- checkpoints, log, reasons to stop
+
+
+def start(args, data, mesh, optimizer):
+    """The state to train, on every device, and the facts of the run: from scratch, from other weights, or resumed."""
+    run, source = Path(args.run), Path(args.run) / "last.ckpt" if args.resume else args.init_from
+    cfg = Config(data.meta["vocab_size"], **{name: getattr(args, name) for name in MODEL_FLAGS})
+    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "config": dataclasses.asdict(cfg)}
+    facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
+    facts |= {name: data.meta[name] for name in ("bos", "eos", "pad")}
+    state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
+    try:
+        if source and (trained_on := load(source)[1]["tokenizer_sha256"]) != data.sha256:
+            raise ValueError(f"{source}: trained with tokenizer {trained_on[:12]}, {data.folder} has "
+                             f"{data.sha256[:12]}; its token ids mean other things")  # fmt: skip
+        if args.resume:
+            state, meta = load(source, state)
+            facts |= {name: meta[name] for name in ("step", "seconds", "best")}
+        elif source:
+            state |= load(source, {"model": state["model"]})[0]
+    except (ValueError, KeyError) as error:
+        fail(error)
+
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            if (run / "last.ckpt").exists() and not args.overwrite:
+                fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
+            for leftover in ("last.ckpt", "best.ckpt", "log.csv", "loss.png"):
+                (run / leftover).unlink(missing_ok=True)
+        write_whole(run / "tokenizer.json", data.tokenizer)
+    return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
+
+
+def fresh_state(cfg, seed, optimizer):
+    model = Decoder(cfg, jax.random.key(seed))
+    return {"model": model, "optimizer": optimizer.init(model)}
+
+
+def write_whole(path, content):
+    """Beside it first, then renamed: neither a reader nor a kill ever meets half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def checkpoint(args, name, tree, facts):
+    flags = {flag: value for flag, value in vars(args).items() if flag not in THIS_LAUNCH}
+    try:
+        save(Path(args.run) / name, tree, flags=flags, **facts)
+    except OSError as error:
+        message = f"{args.run}/{name}: could not be saved ({error.strerror}); the one before it is whole"
+        raise SystemExit(message) from None
+
+
+def read_log(run, last_step):
+    """The rows up to a checkpoint's step: a resumed run writes the later ones again."""
+    if not (run / "log.csv").exists():
+        return []
+    with open(run / "log.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+
+
+def write_log(run, rows):
+    """log.csv and, after an evaluation, the loss curve as a picture."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(run / "log.csv", text.getvalue().encode())
+    if not rows[-1].get("val_nats_per_token"):
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
+    for name, style, label in (("train_loss", "-", "train"), ("val_nats_per_token", "o-", "held-out pieces")):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        axes.plot(*zip(*points), style, label=label)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    write_whole(run / "loss.png", image.getvalue())
+
+
+def start_wandb(args):
+    import wandb
+
+    return wandb.init(project="tchaikovsky", dir=args.run, config=vars(args))
+
+
+class Stop:
+    """Ends a run early, on all processes at the same step: SIGTERM, Ctrl-C (the second one kills) and --max_hours."""
+
+    def __init__(self, max_hours):
+        self.deadline, self.reason, self.signal = LAUNCHED + 3600 * max_hours, None, 0
+        self.checked, self.longest = time.time(), 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.reason, self.signal = signal.Signals(number).name, number
+        signal.signal(number, signal.SIG_DFL)
+
+    def wanted(self, logging):
+        if logging:  # would another stretch as long as the longest so far still fit?
+            now = time.time()
+            self.longest, self.checked = max(self.longest, now - self.checked), now
+            if now + self.longest > self.deadline:
+                self.reason = self.reason or "--max_hours"
+        if jax.process_count() > 1:
+            return logging and bool(multihost_utils.process_allgather(np.array(self.reason is not None)).any())
+        return self.reason is not None
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(args, data, mesh):
+    """Returns the rows of log.csv, why the run stopped, and (tokens, seconds) of each stretch between two rows."""
+    optimizer, schedule = make_optimizer(args)
+    train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
+    state, facts = start(args, data, mesh, optimizer)
+    run, first, main_process = Path(args.run), facts["step"], jax.process_index() == 0
+    rows = read_log(run, first) if main_process else []
+    share_of_peak = introduce(args, data, mesh, state["model"])
+    wandb = start_wandb(args) if args.wandb and main_process else None
+    stop, began, laps = Stop(args.max_hours), time.time() - facts["seconds"], []
+    batch = put(mesh, MICRO_ROWS, data.draw(args, first))
+    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not main_process):
+        state, metrics = train_step(state, batch, np.uint32(step))
+        done = step + 1
+        batch = put(mesh, MICRO_ROWS, data.draw(args, done))  # while the device works
+        evaluating = done % args.eval_every == 0 or done == args.steps
+        saving = evaluating or done % args.save_every == 0
+        logging = saving or done % args.log_every == 0
+        stopping = stop.wanted(logging)
+        if step == first:  # the compilation shall not count as training
+            jax.block_until_ready(metrics)
+            lap_began, lap_first = time.time(), done
+        if not (logging or stopping):
+            continue
+
+        loss, grad_norm = map(float, metrics)  # waits for the device
+        row = {"step": done, "train_loss": loss, "learning_rate": float(schedule(step)), "grad_norm": grad_norm}
+        if not (loss < np.log(data.meta["vocab_size"]) + 1 and np.isfinite(grad_norm)):  # worse than a blind guess
+            raise SystemExit(DIVERGED.format(**vars(args) | row))
+        laps.append(((done - lap_first) * args.batch_size * args.context, time.time() - lap_began))
+        if laps[-1][0]:
+            row["tokens_per_second"] = laps[-1][0] / laps[-1][1]
+            row |= {"mfu": row["tokens_per_second"] * share_of_peak} if share_of_peak else {}
+        if evaluating:
+            row |= evaluate(args, data, mesh, eval_step, state["model"])
+        facts |= {"step": done, "seconds": time.time() - began}
+        if main_process:
+            rows.append(row | {"seconds": round(facts["seconds"], 1)})
+            tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+            write_log(run, rows)
+            if wandb:
+                wandb.log(row, step=done)
+            if row.get("val_nats_per_note", np.inf) < facts["best"]:
+                facts["best"] = row["val_nats_per_note"]
+                checkpoint(args, "best.ckpt", {"model": state["model"]}, facts)
+            if saving or stopping:
+                checkpoint(args, "last.ckpt", state, facts)
+        if stopping:
+            break
+        lap_began, lap_first = time.time(), done
+    return rows, stop, laps
+
+
+def introduce(args, data, mesh, model):
+    """Say what runs on what; returns the share of the devices' peak that one token per second takes, 0 if unknown."""
+    device, count = mesh.devices.flat[0], parameter_count(model)
+    entropy, tokens_per_note = data.unigram_entropy(), data.meta["val"]["tokens"] / data.meta["val"]["notes"]
+    if jax.process_index() == 0:
+        print(f"{mesh.size} x {device.device_kind}, {args.precision}: --size {args.size}, {count:,} parameters")
+        print(f"{data.meta['train']['tokens']:,} tokens, vocabulary {data.meta['vocab_size']:,}, unigram entropy "
+              f"{entropy:.3f} nats per token ({entropy * tokens_per_note:.3f} per note)")  # fmt: skip
+    peak = mesh.size * device_limits(device)[0]
+    return flops_per_token(args, model) / peak if args.precision == "bfloat16" and peak > 0 else 0
+
+
+def flops_per_token(args, model):
+    """Forward and backward, 6 N + 12 L D T (PaLM, appendix B); N leaves out the embedding tables."""
+    multiplied = parameter_count(model) - model.token_VD.size - model.position_SD.size
+    return 6 * multiplied + 12 * args.layers * args.dim * args.context
+
+
+# ------------------------------------------------------------------------------------------ TPUs that are elsewhere
+
+
+def topology_devices(name):
+    """The devices of a TPU topology, described by libtpu: no TPU is needed."""
+    silence = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ.update(silence)  # libtpu would look for a TPU of this machine's, and complain
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:
+        fail(f"--compile_for {name}: {str(error).splitlines()[0]} (try v5e:2x4 or v3:2x2x1, and: pip install libtpu)")
+
+
+def compile_report(args, devices):
+    """Compile the training step of the reference vocabulary for them: memory, collectives, the largest micro-batch."""
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    optimizer, _ = make_optimizer(args)
+    cfg = Config(**{name: getattr(args, name) for name in MODEL_FLAGS})
+    on_mesh = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    state = jax.tree.map(lambda x: on_mesh(x, REPLICATED), jax.eval_shape(lambda: fresh_state(cfg, 0, optimizer)))
+
+    def compiled(rows):  # a micro-batch of so many windows on each device
+        at = argparse.Namespace(**vars(args) | {"batch_size": rows * len(devices) * args.accumulate})
+        tokens = jax.ShapeDtypeStruct((args.accumulate, rows * len(devices), args.context + 1), np.int32)
+        step = make_train_step(at, mesh, optimizer)
+        program = step.lower(state, on_mesh(tokens, MICRO_ROWS), on_mesh(np.uint32(0), REPLICATED)).compile()
+        sizes = program.memory_analysis()  # the outputs reuse the donated arguments
+        return program, sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+
+    def fits(rows):
+        try:
+            return sum(compiled(rows)[1:]) < memory
+        except jax.errors.JaxRuntimeError:  # the compiler found no room for it
+            return False
+
+    rows = args.batch_size // args.accumulate // len(devices)
+    count = parameter_count(state["model"])
+    print(f"{len(devices)} x {devices[0].device_kind}, {args.precision}, {count:,} parameters")
+    print(f"micro-batch: {rows} windows of {args.context} tokens on each device")
+    peak_flops, memory, clock = device_limits(devices[0])
+    program, constant, temporary = compiled(rows)
+    text = program.as_text()
+    collectives = Counter(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text))
+    seconds = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / clock
+    flops = flops_per_token(args, state["model"]) * args.batch_size * args.context / len(devices)
+    print(f"memory per device: {(constant + temporary) / 1e9:.2f} GB of {memory / 1e9:.2f}")
+    print("collectives:", ", ".join(f"{count} {name}" for name, count in collectives.items()) or "none")
+    print(f"the compiler's estimate, without Pallas kernels: {1000 * seconds:.1f} ms for a micro-batch and an update, "
+          f"{flops / args.accumulate / seconds / peak_flops:.0%} of the peak")  # fmt: skip
+    largest = 2 ** int(np.log2((memory - constant) / temporary * rows))  # a guess to start from
+    while not fits(largest):
+        largest //= 2
+    while fits(2 * largest):
+        largest *= 2
+    print(f"largest micro-batch that fits, of powers of two: {largest} windows per device")
+
+
+def main(argv=None):
+    args, devices = read_flags(argv)
+    if args.compile_for:
+        return compile_report(args, devices)
+    data = Data(args.data, args.context)
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    try:
+        rows, stop, laps = train(args, data, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise SystemExit(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less") from None
+    if jax.process_index() != 0:
+        return
+    score = next((row for row in reversed(rows) if row.get("val_nats_per_note")), {})
+    tokens, seconds = map(sum, zip(*laps, (0, 1e-9)))
+    per_note, per_token = (float(score.get(f"val_nats_per_{unit}", np.nan)) for unit in ("note", "token"))
+    print(f"final: val_nats_per_note={per_note:.4f} val_nats_per_token={per_token:.4f} "
+          f"tokens_per_second={tokens / seconds:.0f}")  # fmt: skip
+    if stop.reason:
+        print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
+        raise SystemExit(128 + stop.signal if stop.signal else 0)
+
+
+if __name__ == "__main__":
+    main()
