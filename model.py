@@ -82,8 +82,11 @@ def attend(q_BHTK, k_BHSK, v_BHSK, start):
     T, K, S = q_BHTK.shape[2], q_BHTK.shape[3], k_BHSK.shape[2]
     scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * K**-0.5, k_BHSK, preferred_element_type=jnp.float32)
     visible_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
-    weights_BHTS = jax.nn.softmax(jnp.where(visible_TS, scores_BHTS, -1e30))
-    return jnp.einsum("bhts,bhsk->bthk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
+    scores_BHTS = jnp.where(visible_TS, scores_BHTS, -1e30)
+    weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
+    sums_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
+    # softmax divides here, after the product, where there is less to divide
+    return (sums_BHTK / weights_BHTS.sum(axis=-1, keepdims=True)).astype(v_BHSK.dtype).swapaxes(1, 2)
 
 
 class Block(eqx.Module):
@@ -176,7 +179,7 @@ class Decoder(eqx.Module):
 
 
 def for_each_token(layer, x_BTD):
-    return jax.vmap(jax.vmap(layer))(x_BTD)
+    return jax.vmap(layer)(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(x_BTD.shape)
 
 
 def fold_in(keys_B, number):

@@ -32,16 +32,17 @@ else:
     import multiprocessing
     import os
     import random
+    import re
     import shutil
     import sys
     import tarfile
-    import tempfile
     import threading
     import time
     import urllib.request
     import zipfile
     from collections import Counter, namedtuple
     from concurrent.futures import ThreadPoolExecutor
+    from contextlib import suppress
     from functools import partial
     from pathlib import Path
 
@@ -58,8 +59,8 @@ else:
 PITCHES = 21, 108  # the 88 keys
 MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
 MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
+MIDI = ".mid", ".midi"
 BPE_TOKENS = 10_000_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
-SUFFIXES = ".mid", ".midi", ".csv"  # a table may hold a data set's own split
 DATASETS = {
     "maestro": "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
     "#sha256=70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c",
@@ -145,11 +146,11 @@ def prepare(score, tokenizer):
         raise Refused("no piano notes")
     grid = config.max_num_pos_per_beat * (2 if config.use_time_signatures else 1)  # beats of x/8 are halves
     positions = grid / (score.ticks_per_quarter if own_beats else 0.5)  # per tick, or per second
-    origin = 0 if own_beats else notes[0].min()
+    origin = first_bar(score, notes[0].min()) if own_beats else notes[0].min()  # cuts the silence before
     start, end = np.round((notes[:2] - origin) * positions)
     if start.min() < 0 or not end.max() <= MAX_BEATS * grid:
         raise Refused(f"too long: over {MAX_BEATS} beats")
-    if np.diff(np.sort(start), prepend=0).max() > MAX_SILENCE * grid:
+    if np.diff(np.sort(start)).max(initial=0) > MAX_SILENCE * grid:
         raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
     order = np.lexsort((notes[0], notes[2], start))
     order = order[np.diff(start[order] * 128 + notes[2, order], append=-1) != 0]  # one a key and position
@@ -164,12 +165,20 @@ def prepare(score, tokenizer):
     prepared.tracks.append(track)
     prepared.tempos.append(Tempo(0, 120))
     if own_beats:
+        place = lambda tick: max(0, round((tick - origin) * positions))
         for tempo in score.tempos:
-            prepared.tempos.append(Tempo(round(tempo.time * positions), tempo.qpm))
+            prepared.tempos.append(Tempo(place(tempo.time), tempo.qpm))
         for sign in score.time_signatures:
-            sign = TimeSignature(round(sign.time * positions), sign.numerator, sign.denominator)
-            prepared.time_signatures.append(sign)
+            prepared.time_signatures.append(TimeSignature(place(sign.time), sign.numerator, sign.denominator))
     return prepared
+
+
+def first_bar(score, tick):
+    """The tick at which the bar begins in which a tick lies."""
+    signs = [TimeSignature(0, 4, 4), *score.time_signatures]
+    sign = [sign for sign in signs if sign.time <= tick][-1]
+    bar = max(1, 4 * score.ticks_per_quarter * sign.numerator // sign.denominator)
+    return tick - (tick - sign.time) % bar
 
 
 def piano(score, dry):
@@ -294,7 +303,7 @@ def read_one(tokenizer, path):
 def parallel(function, items, workers, seconds=MAX_SECONDS):
     """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item."""
     context = multiprocessing.get_context("spawn")
-    mine, hired = threading.local(), []  # every thread has one worker process, and replaces it when it fails
+    mine = threading.local()  # every thread has one worker process, and replaces it when it fails
 
     def ask(item):
         if getattr(mine, "worker", None) is None:
@@ -302,7 +311,6 @@ def parallel(function, items, workers, seconds=MAX_SECONDS):
             mine.worker = context.Process(target=serve, args=(theirs, function), daemon=True)
             mine.worker.start()
             theirs.close()  # so that the pipe ends when the worker does
-            hired.append(mine.worker)
         try:
             mine.pipe.send(item)
             if mine.pipe.poll(seconds):
@@ -319,154 +327,114 @@ def parallel(function, items, workers, seconds=MAX_SECONDS):
             for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
                 yield from threads.map(ask, items[first : first + 1000])
         finally:
-            for worker in hired:
+            for worker in multiprocessing.active_children():
                 worker.kill()
 
 
 def serve(pipe, function):
-    """A worker process: answers every item until the parent hangs up."""
-    try:
+    """A worker process: answers every item until the parent is gone."""
+    if sys.platform != "win32":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    except ImportError:  # Windows has no such limit
-        pass
-    while True:
-        try:
+    with suppress(EOFError, OSError):
+        while True:
             item = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer = function(item), None
-        except Refused as error:
-            answer = None, str(error)
-        except Exception as error:
-            answer = None, f"failed: {type(error).__name__}: {error}"
-        pipe.send(answer)
+            try:
+                answer = function(item), None
+            except Exception as error:
+                kind = "" if isinstance(error, Refused) else f"failed: {type(error).__name__}: "
+                answer = None, kind + str(error)
+            pipe.send(answer)
 
 
 # -------------------------------------------------------------------------------- finding the files
 
 
-def find_files(sources, work, downloads, skipped):
+def find_files(sources, work, skipped):
     """Folders, files, archives, data sets and addresses -> one Take for every MIDI file, in a fixed order."""
     takes = []
     for number, source in enumerate(sources):
-        path = Path(source)
-        is_download = not path.exists() and (source in DATASETS or "://" in source)
-        if is_download:
-            path = download(source, downloads)
-        if path.is_dir():
-            label, found = path.resolve().name, walk(path, skipped)
-        elif path.is_file() and path.suffix.lower() in SUFFIXES:
-            label, found = path.resolve().parent.name, [(path.name, path)]
-        elif path.is_file():
-            label, found = path.name.split(".")[0], unpack(path, work / str(number), is_download)
+        path, published = Path(os.path.abspath(source)), {}
+        if path.is_file() and path.suffix.lower() in MIDI:
+            root, files = path.parent, [path]
         else:
-            raise Refused(f"{source}: no such file or folder, nor a data set ({', '.join(DATASETS)})")
-        published = {}
-        for name, path in found:
-            published |= published_split(name, path) if name.endswith(".csv") else {}
-        for name, path in found:
-            piece, side = published.get(name, (f"{label}/{os.path.dirname(name) or name}", ""))
+            root = path if path.is_dir() else fetch(source, work / str(number))
+            unreadable = lambda error: skipped.append((error.filename, "unreadable folder"))
+            walk = os.walk(root, onerror=unreadable)  # it follows no link to a folder
+            files = [Path(folder, name) for folder, _, names in walk for name in names]
+        for table in (file for file in files if file.match("maestro-v*.csv")):
+            published |= published_split(table)
+        for file in sorted(file for file in files if file.suffix.lower() in MIDI):
+            name = os.path.join(root.name, file.relative_to(root))
+            piece, side = published.get(file, (name if file.parent == root else os.path.dirname(name), ""))
             if side == "test":
-                skipped.append((f"{label}/{name}", "test split: kept out of training and validation"))
-            elif not name.endswith(".csv"):
-                takes.append(Take(f"{label}/{name}", str(path), piece, side))
+                skipped.append((name, "test split: kept out of training and validation"))
+            else:
+                takes.append(Take(name, str(file), piece, side))
     return takes
 
 
-def walk(folder, skipped):
-    """Folder -> [(name inside, path)] of MIDI files and tables, sorted. Links to folders are not followed."""
-    found = []
-    unreadable = lambda error: skipped.append((error.filename, "unreadable folder"))
-    for parent, folders, names in os.walk(folder, onerror=unreadable):
-        folders.sort()
-        paths = [os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
-        found += [(os.path.relpath(path, folder), path) for path in paths]
-    return found
+def published_split(table):
+    """MAESTRO's own table -> {path of a MIDI file: (piece, side)}."""
+    published, sides = {}, {"train": "train", "validation": "val", "test": "test"}
+    with open(table, encoding="utf-8", newline="") as rows:
+        for row in csv.DictReader(rows):
+            piece = f"{row['canonical_composer']}: {row['canonical_title']}"
+            published[table.parent / row["midi_filename"]] = piece, sides[row["split"]]
+    return published
 
 
-def published_split(name, path):
-    """MAESTRO's own table -> {name of a MIDI file: (piece, side)}; any other table -> {}."""
-    split, sides = {}, {"train": "train", "validation": "val", "test": "test"}
+def fetch(source, work):
+    """Archive, data set or address -> folder with its files, all checked."""
+    address = DATASETS.get(source, source)
+    if not os.path.exists(source) and "://" not in address:
+        raise Refused(f"{source}: no such file or folder, nor a data set ({', '.join(DATASETS)})")
     try:
-        with open(path, encoding="utf-8", newline="") as table:
-            for row in csv.DictReader(table):
-                midi = os.path.join(os.path.dirname(name), row["midi_filename"])
-                split[midi] = f"{row['canonical_composer']}: {row['canonical_title']}", sides[row["split"]]
-    except (KeyError, TypeError, ValueError, csv.Error, OSError):
-        return {}
-    return split
+        work.mkdir()
+        archive = Path(source) if os.path.exists(source) else download(address, work)
+        folder = work / "files" / archive.name.split(".")[0]
+        unpack(archive, folder)
+        return folder
+    except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
+        raise Refused(f"{source}: not a whole .zip or .tar.gz ({error}); if downloaded, run again") from error
 
 
-def unpack(archive, folder, is_download):
-    """Archive -> [(name inside, path)] of MIDI files and tables. Names are labels, not paths of this disk."""
-    found, size, limit = [], 0, 200_000_000 + 100 * archive.stat().st_size
-    folder.mkdir()
-    try:
-        for name, claimed, opener in tqdm(members(archive), f"unpacking {archive.name}", unit=" files"):
-            size += claimed
-            if size > limit:
-                raise ValueError(f"a bomb? It would fill over {limit / 1e6:.0f} MB")
-            if name.lower().endswith(SUFFIXES):
-                path = folder / f"{len(found)}{Path(name).suffix.lower()}"
-                with opener() as member:
-                    path.write_bytes(member.read(MAX_BYTES + 1))
-                found.append((name, path))
-    except Exception as error:  # whatever a damaged archive makes zipfile, tarfile, gzip and zlib raise
-        if is_download:
-            archive.unlink()
-        raise Refused(f"{archive}: not a whole .zip or .tar.gz ({error})") from error
-    return found
+def download(address, folder):
+    """Address[#sha256=...] -> path of its file, whole."""
+    address, _, sha256 = address.partition("#sha256=")
+    start, _, name = address.partition("?")[0].rpartition("/")
+    if start.startswith("hf://"):
+        return Path(hf_hub_download(start[len("hf://") :], name, repo_type="dataset"))
+    path = folder / (name or "archive")
+    with urllib.request.urlopen(address, timeout=30) as reply, open(path, "wb") as file:
+        total = int(reply.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(reply, "read", total, desc=f"downloading {path.name}") as counted:
+            shutil.copyfileobj(counted, file)
+    if path.stat().st_size < total:
+        raise ConnectionError(f"cut off after {path.stat().st_size} of {total} bytes")
+    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ConnectionError("damaged on its way: wrong SHA-256")
+    return path
 
 
-def members(archive):
-    """Yield (name, size, function that opens it) for every file in a .zip or .tar.gz."""
+def unpack(archive, folder):
+    """Unpack a .zip or .tar.gz, if it is whole; zipfile and tarfile's data filter never write elsewhere."""
+    limit = 200_000_000 + 100 * archive.stat().st_size
+    bomb = Refused(f"a bomb? It would fill over {limit:,} bytes")
+    show = partial(tqdm, desc=f"unpacking {archive.name}", unit=" files")
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
-            for info in opened.infolist():
-                yield info.filename, info.file_size, partial(opened.open, info)
-    else:
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as opened:
-            for info in filter(tarfile.TarInfo.isfile, opened):
-                yield info.name, info.size, partial(opened.extractfile, info)
-            while stream.read(1 << 20):  # the checksum comes last
-                pass
-
-
-def download(source, folder):
-    """A data set or an address[#sha256=...] -> its archive: fetched once, resumed where cut off, checked."""
-    address, _, sha256 = DATASETS.get(source, source).partition("#sha256=")
-    name = address.partition("?")[0].rpartition("/")[2] or "archive"
-    path = folder / hashlib.sha256(address.encode()).hexdigest()[:8] / name
-    part = path.with_name("unfinished")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if address.startswith("hf://"):
-            repository = address[len("hf://") : -len(name) - 1]
-            return Path(hf_hub_download(repository, name, repo_type="dataset", local_dir=path.parent))
-        done = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            done = done if reply.status == 206 else 0  # else it comes from the start
-            total = done + int(reply.headers.get("Content-Length") or 0)
-            bar = tqdm.wrapattr(reply, "read", total, desc=f"downloading {name}", initial=done)
-            with bar as counted, open(part, "ab" if done else "wb") as file:
-                shutil.copyfileobj(counted, file)
-        if part.stat().st_size < total:
-            raise ConnectionError(f"cut off after {part.stat().st_size} of {total} bytes")
-    except Exception as error:  # whatever the network, a server and the hub raise
-        if isinstance(error, urllib.error.HTTPError):
-            part.unlink(missing_ok=True)  # it may be that the rest of it is no longer to be had
-        raise Refused(f"{address}: {error}; run again to go on") from error
-    if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
-        part.unlink()
-        raise Refused(f"{address}: damaged on its way (wrong SHA-256); run again")
-    os.replace(part, path)
-    return path
+            if sum(member.file_size for member in opened.infolist()) > limit:
+                raise bomb
+            opened.extractall(folder, show(opened.namelist()))
+        return
+    with gzip.open(archive) as stream:  # read it all, because its checksum comes last
+        for _ in tqdm(iter(partial(stream.read, 1 << 20), b""), f"checking {archive.name}", unit=" MB"):
+            if stream.tell() > limit:
+                raise bomb
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, show(opened), filter="data")
 
 
 # -------------------------------------------------------------------------------- from ids to memmaps
@@ -480,39 +448,30 @@ def split(takes, val_fraction, split_by, seed):
     """
     if split_by == "file" or len({take.piece for take in takes}) == 1:
         takes = [take._replace(piece=take.name, side="") for take in takes]
-    drawn = {}
+    draws = {}
     for piece in {take.piece for take in takes if not take.side}:
-        digest = hashlib.sha256(f"{seed} {piece}".encode(errors="surrogateescape")).digest()
-        drawn[piece] = int.from_bytes(digest[:8], "big") / 2**64
-    lowest, highest = min(drawn.values(), default=0), max(drawn.values(), default=0)
-    limit = max(lowest, val_fraction)
-    held_out = {piece for piece, draw in drawn.items() if draw <= limit and draw < highest}
+        digest = hashlib.sha256(os.fsencode(f"{seed} {piece}")).hexdigest()
+        draws[piece] = int(digest[:16], 16) / 2**64
+    limit, highest = max(val_fraction, min(draws.values(), default=0)), max(draws.values(), default=0)
+    held_out = {piece for piece, draw in draws.items() if draw <= limit and draw < highest}
     return [take._replace(side=take.side or ("val" if take.piece in held_out else "train")) for take in takes]
-
-
-def learn_bpe(tokenizer, takes, base, vocab_size):
-    """Train BPE in place on the base ids of training takes."""
-    stride = math.ceil(sum(take.stop - take.start for take in takes) / BPE_TOKENS)
-    texts = [bar_words(base[take.start : take.stop], tokenizer) for take in takes[::stride]]
-    tokenizer.train(vocab_size=vocab_size, iterator=texts)
 
 
 def write_side(path, takes, base, tokenizer, shifts, dtype):
     """Write every take, in all transpositions that the keyboard holds, as BOS ... EOS; count them."""
     tables = [transposition(tokenizer, semitones) for semitones in shifts]
-    sequences = tokens = 0
-    with open(path, "wb") as file, tqdm(desc=f"writing {path.name}", total=len(takes), unit=" files") as bar:
-        for first in range(0, len(takes), 16):
-            group = takes[first : first + 16]
+    counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
+    counts["notes"] = sum(take.notes for take in takes)
+    counts["seconds"] = round(sum(take.seconds for take in takes))
+    with open(path, "wb") as file:
+        for first in tqdm(range(0, len(takes), 16), f"writing {path.name}", unit=" x 16 files"):
             for table in tables:
-                shifted = [table[base[take.start : take.stop]] for take in group]
+                shifted = [table[base[take.start : take.stop]] for take in takes[first : first + 16]]
                 for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
                     np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
-                    sequences, tokens = sequences + 1, tokens + len(ids) + 2
-            bar.update(len(group))
-    notes, seconds = sum(take.notes for take in takes), round(sum(take.seconds for take in takes))
-    counts = {"pieces": len({take.piece for take in takes}), "files": len(takes), "notes": notes}
-    return counts | {"seconds": seconds, "sequences": sequences, "tokens": tokens}
+                    counts["sequences"] += 1
+                    counts["tokens"] += len(ids) + 2
+    return counts
 
 
 def round_trip(takes, tokenizer):
@@ -532,16 +491,11 @@ def round_trip(takes, tokenizer):
         match = nearest(after[2] * 1e6 + after[0], before[2] * 1e6 + before[0])  # same key, nearest time
         errors.append(np.abs(before - after[:, match])[:, before[2] == after[2, match]])
     onset, length, _, velocity = np.percentile(np.concatenate(errors, axis=1), [50, 95], axis=1).T
-    return {
-        "files": len(takes),
-        "notes": notes,
-        "notes_lost": lost,
-        "onset_ms": (onset * 1000).round(2).tolist(),
-        "duration_ms": (length * 1000).round(2).tolist(),
-        "velocity": velocity.round(2).tolist(),
-        "tokens_per_note": round(tokens / notes, 2),
-        "tokens_per_second": round(tokens / sum(take.seconds for take in takes), 2),
-    }
+    report = {"files": len(takes), "notes": notes, "notes_lost": lost, "velocity": velocity.round(2).tolist()}
+    report |= {"onset_ms": (1000 * onset).round(2).tolist(), "duration_ms": (1000 * length).round(2).tolist()}
+    report["tokens_per_note"] = round(tokens / notes, 2)
+    report["tokens_per_second"] = round(tokens / sum(take.seconds for take in takes), 2)
+    return report
 
 
 # -------------------------------------------------------------------------------- a corpus of our own
@@ -550,71 +504,62 @@ def round_trip(takes, tokenizer):
 QUESTIONS = (0, 3, 0, 4), (0, 5, 3, 4), (0, 5, 1, 4), (0, 2, 3, 4), (0, 0, 3, 4)
 ANSWERS = (0, 3, 4, 0), (0, 1, 4, 0), (5, 1, 4, 0), (0, 5, 4, 0), (3, 0, 4, 0)
 ELSEWHERE = (5, 2, 3, 4), (3, 0, 1, 4), (5, 3, 0, 4), (1, 5, 3, 4)
-# One bar of one hand in equal parts: steps of the scale above the root of the chord, B bass, C chord, - hold.
-FIGURES = {
-    4: "04240424 B0242420 B-C-B-C- C---C--- B-024-20 B---C-C-",
-    3: "B-C-C- B02420 042424 B--C-- B-024-",
-}
-MELODIES = {
-    4: "0-2-4-2- 4-3-2--- 4--32-0- 2---4--- 01234--- 7-4-2-4- 45432-0- 2-1-2-4- 0123456776543210",
-    3: "0-2-4- 4--32- 2---4- 012345 420242 7-4-2- 4-5-4- 012345654321",
-}
-CADENCES = {4: "0------- 1---0--- 2-1-0---", 3: "0----- 1-0--- 210---"}
+# One bar of one hand in equal parts, in 4/4 or 3/4: steps above the chord's root, B bass, C chord, - hold.
+FIGURES = "04240424 B0242420 B-C-B-C- C---C--- B-024-20 B---C-C-", "B-C-C- B02420 042424 B--C-- B-024-"
+MELODIES = (
+    "0-2-4-2- 4-3-2--- 4--32-0- 2---4--- 01234--- 7-4-2-4- 45432-0- 2-1-2-4- 0123456776543210",
+    "0-2-4- 4--32- 2---4- 012345 420242 7-4-2- 4-5-4- 012345654321",
+)
+CADENCES = "0------- 1---0--- 2-1-0---", "0----- 1-0--- 210---"
 
 
 def compose(seed):
     """A small tonal étude as a Score: melody in phrases over a figure, with rubato, dynamics and pedal."""
     dice = random.Random(seed)
-    beats, bar_seconds = dice.choice([(4, 2), (4, 2), (3, 2), (3, 2), (4, 4)])
+    waltz, bar_seconds = dice.choice([(False, 2), (False, 2), (True, 2), (True, 2), (False, 4)])
     tonic, minor = dice.randrange(67, 79), dice.random() < 0.4
     loudness, rubato = dice.uniform(52, 70), dice.choice([0, 0.03, 0.06])
     scale = (0, 2, 3, 5, 7, 8, 10) if minor else (0, 2, 4, 5, 7, 9, 11)
     track = Track()
 
-    def key(chord, steps):
-        """The key some steps of the scale above the root of a chord."""
-        octave, step = divmod(chord - 7 * (chord > 2) + steps, 7)
-        leading_tone = minor and chord == 4 and step == 6
-        return tonic + 12 * octave + scale[step] + leading_tone
+    def section(*progressions):
+        """Phrases of four bars (chord, melody, figure): melodies a, a, b, a cadence, over one figure."""
+        figure, a, b = (dice.choice(texts[waltz].split()) for texts in (FIGURES, MELODIES, MELODIES))
+        for progression in progressions:
+            cadence = dice.choice(CADENCES[waltz].split())
+            yield from zip(dice.choice(progression), (a, a, b, cadence), [figure] * 4)
 
-    def seconds(bar):
+    def tick(bar):
         """When a moment, in bars, sounds: a phrase of four hurries, then waits; the last bar slows down."""
-        return bar * bar_seconds - rubato * math.sin(math.pi * bar / 2) + 0.4 * max(0, bar + 1 - bars) ** 2
+        ritardando = 0.4 * max(0, bar + 1 - len(form)) ** 2
+        return round(960 * (bar * bar_seconds - rubato * math.sin(math.pi * bar / 2) + ritardando))
 
     def play(bar, chord, text, left):
         """Write one bar of one hand."""
-        for slot, name in enumerate(text):
-            start, rest = bar + slot / len(text), text[slot + 1 :]
-            length = (1 + len(rest) - len(rest.lstrip("-"))) / len(text)
-            begin, end = seconds(start) + dice.uniform(0, 0.008), seconds(start + 0.95 * length)
-            for steps in {"B": "0", "C": "024", "-": ""}.get(name, name):
-                pitch = key(chord, int(steps))
+        for sign in re.finditer("[^-]-*", text):
+            start, end = (bar + place / len(text) for place in sign.span())
+            begin, name = tick(start) + dice.randrange(8), sign[0][0]
+            swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (start == bar) + (-8 if left else 8)
+            for steps in {"B": "0", "C": "024"}.get(name, name):
+                octave, step = divmod(chord - 7 * (chord > 2) + int(steps), 7)
+                leading_tone = minor and chord == 4 and step == 6
+                pitch = tonic + 12 * octave + scale[step] + leading_tone
                 if left:  # inside one octave, which keeps the hand still
                     lowest = 36 if name == "B" else 48
                     pitch = lowest + (pitch - lowest) % 12
-                swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (slot == 0) + dice.gauss(0, 2)
-                velocity = round(loudness + swell + (-8 if left else 8))
-                track.notes.append(Note(round(960 * begin), round(960 * (end - begin)), pitch, velocity))
-
-    def section(*progressions):
-        """Two phrases of four bars (chord, melody, figure): melodies a, a, b, a cadence, over one figure."""
-        figure, a, b = (dice.choice(texts[beats].split()) for texts in (FIGURES, MELODIES, MELODIES))
-        for progression in progressions:
-            cadence = dice.choice(CADENCES[beats].split())
-            for chord, melody in zip(dice.choice(progression), (a, a, b, cadence)):
-                yield chord, melody, figure
+                velocity = round(loudness + swell + dice.gauss(0, 2))
+                track.notes.append(Note(begin, tick(end - 0.05 * (end - start)) - begin, pitch, velocity))
 
     first, second = list(section(QUESTIONS, ANSWERS)), list(section(ELSEWHERE, QUESTIONS))
     form = first + second + first if bar_seconds == 4 else first + first + second + first
-    bars = len(form)
     for bar, (chord, melody, figure) in enumerate(form):
         play(bar, chord, melody, left=False)
         play(bar, chord, figure, left=True)
         if "B" in figure and not set("1356") & set(melody):  # pedal where the whole bar is one chord
-            for moment, value in ((bar + 0.02, 127), (bar + 0.98, 0)):
-                track.controls.append(ControlChange(round(960 * seconds(moment)), 64, value))
-    for text, left in (("B", True), ("C", True), ("0", False)):
-        play(bars, 0, text, left)
+            track.controls.append(ControlChange(tick(bar + 0.02), 64, 127))
+            track.controls.append(ControlChange(tick(bar + 0.98), 64, 0))
+    for text, left in (("B", True), ("C", True), ("0", False)):  # the last chord
+        play(len(form), 0, text, left)
     score = Score(480)
     score.tempos.append(Tempo(0, 120))
     score.tracks.append(track)
@@ -625,78 +570,68 @@ def compose(seed):
 
 
 def main(args):
-    began = time.monotonic()
+    began, work, skipped = time.monotonic(), args.out / ".unfinished", []
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     options = args.tempos, args.chords, args.sustain_pedals, args.time_signatures
     tokenizer = build_tokenizer(args.beat_res, args.num_velocities, *options)
     if 0 < (args.vocab_size or 0) <= len(tokenizer):
         raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}, the base tokens")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=args.out) as work:
-        work, sources, skipped = Path(work), args.sources, []
-        if not sources:
-            (work / "etudes").mkdir()
-            for number in tqdm(range(args.etudes), "composing", unit=" études"):
-                score = compose(args.seed * 1_000_000 + number)
-                score.dump_midi(work / "etudes" / f"{number:06d}.mid")
-            sources = [str(work / "etudes")]
-        takes = find_files(sources, work, args.downloads, skipped)
-        if not takes:
-            raise Refused(f"no MIDI files (.mid, .midi) in {', '.join(sources)}")
-        reading = time.monotonic()
-        takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
-        reading = time.monotonic() - reading
-        reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
-        print(f"read {len(takes)} files at {sum(take.notes for take in takes) / reading:,.0f} notes/s")
-        print(f"skipped {len(skipped)}: {reasons}" if skipped else "skipped none")
 
-        takes = split(takes, args.val_fraction, args.split_by, args.seed)
-        sides = {side: [take for take in takes if take.side == side] for side in ("train", "val")}
-        if not all(sides.values()):
-            raise Refused(f"{len(takes)} readable files are not two pieces, one to train on, one to hold out")
-        vocab_size, train_notes = args.vocab_size, sum(take.notes for take in sides["train"])
-        if vocab_size is None:
-            vocab_size = min(10_000, max(1000, round(train_notes // 2000, -3)))
-            print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
-        base = np.memmap(work / "base.bin", np.uint16, "r")
-        if vocab_size:
-            learn_bpe(tokenizer, sides["train"], base, vocab_size)
-        tokenizer.save(work / "tokenizer.json")
-        meta = {"vocab_size": len(tokenizer), "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32"}
-        meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
-        meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
-        for side, shift in (("train", args.transpose), ("val", 0)):
-            shifts = range(-shift, shift + 1)
-            meta[side] = write_side(work / f"{side}.bin", sides[side], base, tokenizer, shifts, meta["dtype"])
-            print(f"{side}: " + ", ".join(f"{count:,} {name}" for name, count in meta[side].items()))
-        meta["settings"] = {name: str(value) for name, value in vars(args).items()}
-        meta["skipped"], meta["round_trip"] = reasons, round_trip(takes, tokenizer)
-        if args.report:
-            print(f"round trip: {meta['round_trip']}")
-        table = open(work / "skipped.csv", "w", newline="", encoding="utf-8", errors="backslashreplace")
-        with table:
-            csv.writer(table).writerows([("file", "reason"), *skipped])
-        (work / "meta.json").write_text(json.dumps(meta, indent=2))
-        publish(work, args.out)
-    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s")
+    (work / "etudes").mkdir(parents=True)
+    if not args.sources:
+        for number in tqdm(range(args.etudes), "composing", unit=" études"):
+            compose(args.seed * 1_000_000 + number).dump_midi(work / "etudes" / f"{number:06d}.mid")
+    takes = find_files(args.sources or [work / "etudes"], work, skipped)
+    if not takes:
+        raise Refused(f"no MIDI files (.mid, .midi) in {', '.join(args.sources)}")
+    takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
+    reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
+    print(f"read {len(takes)} files, skipped {len(skipped)}: {reasons}")
 
+    takes = split(takes, args.val_fraction, args.split_by, args.seed)
+    sides = {side: [take for take in takes if take.side == side] for side in ("train", "val")}
+    if not all(sides.values()):
+        raise Refused(f"{len(takes)} readable files are not two pieces, one to train on, one to hold out")
+    vocab_size, train_notes = args.vocab_size, sum(take.notes for take in sides["train"])
+    if vocab_size is None:
+        vocab_size = min(10_000, max(1000, round(train_notes // 2000, -3)))
+        print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
+    base = np.memmap(work / "base.bin", np.uint16, "r")
+    if vocab_size:
+        stride = math.ceil(sum(take.stop - take.start for take in sides["train"]) / BPE_TOKENS)
+        texts = [bar_words(base[take.start : take.stop], tokenizer) for take in sides["train"][::stride]]
+        tokenizer.train(vocab_size=vocab_size, iterator=texts)
+    tokenizer.save(work / "tokenizer.json")
 
-def publish(work, out):
-    """Move the finished files to their place. Killed here, no meta.json describes another run's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    (out / "meta.json").unlink(missing_ok=True)
+    meta = {"vocab_size": len(tokenizer), "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32"}
+    meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
+    meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
+    for side, shift in (("train", args.transpose), ("val", 0)):
+        shifts = range(-shift, shift + 1)
+        meta[side] = write_side(work / f"{side}.bin", sides[side], base, tokenizer, shifts, meta["dtype"])
+        print(f"{side}: " + ", ".join(f"{count:,} {name}" for name, count in meta[side].items()))
+    meta |= {"settings": vars(args) | {"out": str(args.out)}, "skipped": reasons}
+    meta["round_trip"] = round_trip(takes, tokenizer)
+    if args.report:
+        print(f"round trip: {meta['round_trip']}")
+    with open(work / "skipped.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
+        csv.writer(table).writerows([("file", "reason"), *skipped])
+    (work / "meta.json").write_text(json.dumps(meta, indent=2))
+
+    (args.out / "meta.json").unlink(missing_ok=True)  # killed here, none describes another run's files
     for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv", "meta.json"):
-        os.replace(work / name, out / name)
+        os.replace(work / name, args.out / name)
+    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s")
 
 
 def parse_arguments():
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, usage=argparse.SUPPRESS)
     flag = parser.add_argument
     flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, URL; none: études")
     flag("--out", type=Path, default="data", help="folder to write (data)")
     flag("--vocab_size", type=int, help="tokens after BPE, 0 for none (by the size of the corpus)")
-    flag("--beat_res", type=int, default=24, help="positions a beat of 0.5 s, a multiple of 4 (24)")
+    flag("--beat_res", type=int, default=24, choices=range(4, 97, 4), metavar="N", help="per beat (24)")
     flag("--num_velocities", type=int, default=16, help="levels of loudness (16)")
     flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens (else: 120 bpm)")
     flag("--time_signatures", action="store_true", help="keep the files' beats and bars, with TimeSig tokens")
@@ -706,19 +641,16 @@ def parse_arguments():
     flag("--val_fraction", type=float, default=0.1, help="share of the pieces to hold out (0.1)")
     flag("--split_by", choices=["piece", "file"], default="piece", help="a piece is a folder (piece)")
     flag("--etudes", type=int, default=400, help="études to compose without SOURCE (400)")
-    flag("--downloads", type=Path, default="downloads", help="folder that keeps downloads (downloads)")
     flag("--report", action="store_true", help="print what the tokens lose (meta.json has it anyway)")
     flag("--workers", type=int, default=os.cpu_count(), help="processes that read files (one a core)")
     flag("--seed", type=int, default=0, help="draws the études and the split (0)")
     args = parser.parse_args()
-    limits = {"vocab_size": (0, 10**6), "beat_res": (4, 96), "num_velocities": (1, 127), "transpose": (0, 24)}
+    limits = {"vocab_size": (0, 10**6), "num_velocities": (1, 127), "transpose": (0, 24)}
     limits |= {"val_fraction": (0.001, 0.999), "etudes": (2, 10**6), "workers": (1, 1000)}
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} {value}: must be from {low} to {high}")
-    if args.beat_res % 4:
-        parser.error(f"--beat_res {args.beat_res}: must be a multiple of 4")
     return parser, args
 
 
@@ -731,3 +663,5 @@ if __name__ == "__main__":
         parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped: nothing was written")
+    finally:
+        shutil.rmtree(args.out / ".unfinished", ignore_errors=True)

@@ -251,11 +251,13 @@ def make_train_step(args, mesh, optimizer):
     """The one compiled program of training: (state, tokens_ABT, step) -> state, (loss, norm of the gradient)."""
 
     def loss_and_gradient(model, tokens_ABT, keys_AB):
-        def add_micro_batch(total, batch):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model, *batch, args.precision)), None
-
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), model))
-        total, _ = jax.lax.scan(add_micro_batch, zero, (tokens_ABT, keys_AB), unroll=args.accumulate == 1)
+        micro_batch = lambda tokens_BT, keys_B: jax.value_and_grad(mean_loss)(model, tokens_BT, keys_B, args.precision)
+        if args.accumulate == 1:
+            total = micro_batch(tokens_ABT[0], keys_AB[0])
+        else:
+            zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), model))
+            add = lambda total, batch: (jax.tree.map(jnp.add, total, micro_batch(*batch)), None)
+            total, _ = jax.lax.scan(add, zero, (tokens_ABT, keys_AB))
         return jax.lax.pmean(jax.tree.map(lambda x: x / args.accumulate, total), "data")  # once a step
 
     def train_step(state, tokens_ABT, step):
