@@ -55,7 +55,8 @@ SCALES = {
 
 
 def parse_flags():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS)
     flag = parser.add_argument
     flag("--run", type=Path, default="run", help="folder that train.py wrote (default: run)")
     flag("--data", type=Path, help="folder of the training data, to compare with (default: the one trained on)")
@@ -682,7 +683,8 @@ def write_page(path, pieces, prompt_ends, figures):
 
 def load_run(folder):
     """The model, in the device's own precision, its tokenizer, and what the checkpoint says of itself."""
-    path = folder / "best.ckpt"
+    best, last = folder / "best.ckpt", folder / "last.ckpt"  # a run that was cut short may only have the latter
+    path = last if last.exists() and not best.exists() else best
     trees, facts = load(path, lambda facts: {"model": Decoder(Config(**facts["config"]), jax.random.key(0))})
     tokenizer = midi_tokenize.load_tokenizer(folder / "tokenizer.json")
     model = trees["model"]

@@ -1736,7 +1736,7 @@ def test_sample_refuses_in_one_line(tmp_path, monkeypatch, capsys, sample_data, 
     with pytest.raises(SystemExit) as stopped:
         run_sample(monkeypatch, "--run", sample_run, "--out", tmp_path / "out", *flags)
     assert stopped.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+    [message] = capsys.readouterr().err.splitlines()
     assert message.startswith("sample.py: error: ") and culprit in message
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 

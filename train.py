@@ -34,7 +34,7 @@ from tqdm import tqdm
 from model import Config, Decoder, load, parameter_count, save
 
 SIZES = {  # flags that a size sets, unless they are given
-    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=16, learning_rate=3e-3, steps=800),
+    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=16, learning_rate=3e-3, steps=1000),
     "small": dict(dim=384, heads=6, layers=6, context=1024, batch_size=32, learning_rate=1e-3, steps=10_000),
     "base": dict(dim=768, heads=12, layers=12, context=1024, batch_size=64, learning_rate=6e-4, steps=20_000),
 }
@@ -105,11 +105,12 @@ def read_flags(argv):
     """Flags given win over those of the checkpoint, these over the size's. Returns them and the devices to run on."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.multihost:
-        address, processes, index = args.multihost.split(",")
-        jax.distributed.initialize(address, int(processes), int(index))
-    elif args.multihost is not None:
-        jax.distributed.initialize()
+    if args.multihost is not None:
+        try:
+            address, *numbers = args.multihost.split(",") if args.multihost else [None]
+            jax.distributed.initialize(address, *map(int, numbers))
+        except (ValueError, TypeError, RuntimeError) as error:
+            fail(f"--multihost {args.multihost}: {error}")
     devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
 
     platform, capability = devices[0].platform, getattr(devices[0], "compute_capability", 0)
@@ -123,7 +124,7 @@ def read_flags(argv):
             parser.set_defaults(**load(args.init_from)[1]["config"] | {"attention": None})
         if args.resume:
             parser.set_defaults(**load(Path(args.run) / "last.ckpt")[1]["flags"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         fail(error)
 
     args = parser.parse_args(argv)
@@ -324,7 +325,7 @@ def start(args, data, mesh, optimizer):
             facts |= {name: meta[name] for name in ("step", "seconds", "best")}
         elif source:
             state |= load(source, {"model": state["model"]})[0]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         fail(error)
 
     if jax.process_index() == 0:
