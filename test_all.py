@@ -36,6 +36,8 @@ import wave
 import zipfile
 from pathlib import Path
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # here and in all that is started: the same numbers everywhere
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from model import Config, Decoder, load, parameter_count, save
 
 SIZES = {  # flags that a size sets, unless they are given
-    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=16, learning_rate=3e-3, steps=1000),
+    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=16, learning_rate=3e-3, steps=800),
     "small": dict(dim=384, heads=6, layers=6, context=1024, batch_size=32, learning_rate=1e-3, steps=10_000),
     "base": dict(dim=768, heads=12, layers=12, context=1024, batch_size=64, learning_rate=6e-4, steps=20_000),
 }
@@ -497,8 +497,10 @@ def flops_per_token(args, model):
 
 def topology_devices(name):
     """The devices of a TPU topology, described by libtpu: no TPU is needed."""
-    silence = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ.update(silence)  # libtpu would look for a TPU of this machine's, and complain
+    # else libtpu looks for this machine's TPU, complains, and lets only one process load it
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
+    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:
