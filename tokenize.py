@@ -609,7 +609,12 @@ def main(args):
     for side, shift in (("train", args.transpose), ("val", 0)):
         shifts = range(-shift, shift + 1)
         meta[side] = write_side(work / f"{side}.bin", sides[side], base, tokenizer, shifts, meta["dtype"])
-        print(f"{side}: " + ", ".join(f"{count:,} {name}" for name, count in meta[side].items()))
+        counts = meta[side]
+        ratio = counts["tokens"] / counts["notes"] * counts["files"] / counts["sequences"]  # of transposed copies, one
+        print(
+            f"{side}: {counts['pieces']:,} pieces, {counts['files']:,} takes, {counts['notes']:,} notes, "
+            f"{counts['seconds'] / 3600:.1f} hours, {counts['tokens']:,} tokens, {ratio:.2f} tokens per note"
+        )
     meta |= {"settings": vars(args) | {"out": str(args.out)}, "skipped": reasons}
     meta["round_trip"] = round_trip(takes, tokenizer)
     if args.report:
