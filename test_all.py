@@ -443,26 +443,33 @@ def test_hostile_files_are_used_or_skipped_with_a_reason(tmp_path):
     assert all(len(ids) < 30_000 for side in ("train", "val") for ids in sequences_of(data, side))
 
 
-JOBS = """
-import sys, time
-sys.path.insert(0, {folder!r})
+JOBS = {  # what a worker is asked to run, and what is said of it
+    "1": "None",
+    "import os; os.abort()": "crashed",
+    "while True: pass": "too slow",
+    "x = bytearray(40 << 30)": "failed: MemoryError",
+    "1 / 0": "failed: ZeroDivisionError",
+    "import os; os.kill(os.getpid(), 9)": "crashed",
+    "import os; os._exit(3)": "crashed",
+    "import os; os._exit(0)": "too slow",  # leaving without an error is noticed late, and costs one file all the same
+} | {str(number): "None" for number in range(2, 20)}
+SCRIPT = """
+import sys
 import midi_tokenize
 if __name__ == "__main__":
-    midi_tokenize.MAX_MEMORY
-    jobs = ["1", "import os; os.abort()", "while True: pass", "x = bytearray(40 << 30)", "1 / 0", "import os; os._exit(0)", "2"] + ["3"] * 20
-    for answer in midi_tokenize.parallel(exec, jobs, 2, seconds=2): print(answer)
+    for _, reason in midi_tokenize.parallel(exec, sys.argv[1:], 2, seconds=2): print(reason)
 """
 
 
 def test_a_crash_a_hang_and_a_glutton_cost_one_file_each(tmp_path):
     shutil.copy(ROOT / "tokenize.py", tmp_path / "midi_tokenize.py")  # spawned workers import it by this name
-    (tmp_path / "jobs.py").write_text(JOBS.format(folder=str(tmp_path)))
-    done = subprocess.run([sys.executable, tmp_path / "jobs.py"], capture_output=True, text=True, timeout=60)
-    answers = done.stdout.splitlines()
-    assert [answer.split("'")[1].split(":")[0] if "'" in answer else "fine" for answer in answers] == [
-        "fine", "crashed", "too slow", "failed", "failed", "crashed", "fine", *["fine"] * 20
-    ], done.stdout + done.stderr  # fmt: skip
-    assert "MemoryError" in answers[3] and "ZeroDivisionError" in answers[4]
+    (tmp_path / "jobs.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "jobs.py", *JOBS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    reasons = done.stdout.splitlines()
+    assert len(reasons) == len(JOBS), done.stderr
+    for reason, (job, expected) in zip(reasons, JOBS.items()):
+        assert reason.startswith(expected), (job, reason)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -508,7 +515,7 @@ def test_folders_archives_and_files_give_the_same_data(etude_folder, tmp_path):
     run_tokenize(etude_folder, zipped, tarred, "--out", tmp_path / "data", "--vocab_size", 0)
     meta = read_meta(tmp_path / "data")
     assert meta["train"]["files"] + meta["val"]["files"] == 12 and meta["skipped"] == {"duplicate": 24}
-    assert "the same bytes as pieces/piece" in list(skipped_of(tmp_path / "data").values())[0]
+    assert "the same notes as pieces/piece" in list(skipped_of(tmp_path / "data").values())[0]
 
 
 def test_an_archive_stays_in_its_folder(etude_folder, tmp_path):
@@ -744,6 +751,8 @@ MISTAKES = {
     "missing source": (["nowhere"], "nowhere: no such file or folder"),
     "unreadable only": (["bad"], "are not two pieces"),
     "one piece": (["one"], "are not two pieces"),
+    "table without a column": (["no split"], "maestro-v3.csv: not MAESTRO's table"),
+    "table with an unknown split": (["odd split"], "maestro-v3.csv: not MAESTRO's table"),
     "not an archive": (["notes.txt"], "not a whole .zip or .tar.gz"),
     "small vocabulary": (["--vocab_size", "100"], "--vocab_size 100"),
     "beat_res": (["--beat_res", "5"], "--beat_res"),
@@ -762,6 +771,10 @@ def test_mistakes_get_one_clear_line(name, tmp_path):
     (tmp_path / "bad" / "a.mid").write_bytes(b"MThd?")
     midi_tokenize.compose(0).dump_midi(tmp_path / "one" / "a.mid")
     (tmp_path / "notes.txt").write_text("not music")
+    for folder, split in (("no split", ""), ("odd split", ",split")):
+        (tmp_path / folder).mkdir()
+        table = f"canonical_composer,canonical_title,midi_filename{split}\nBach,Air,a.mid{split}\n"
+        (tmp_path / folder / "maestro-v3.csv").write_text(table)
     before = sorted(tmp_path.rglob("*"))
     text = run_tokenize(*arguments, code=2, cwd=tmp_path)
     assert expected in text.splitlines()[-1] and text.splitlines()[-1].startswith("tokenize.py: error: "), text

@@ -36,13 +36,11 @@ else:
     import shutil
     import sys
     import tarfile
-    import threading
     import time
     import urllib.request
     import zipfile
     from collections import Counter, namedtuple
-    from concurrent.futures import ThreadPoolExecutor
-    from contextlib import suppress
+    from concurrent.futures import TimeoutError  # Python 3.10 has another under that name
     from functools import partial
     from pathlib import Path
 
@@ -50,17 +48,18 @@ else:
     from huggingface_hub import hf_hub_download
     from miditok import REMI, TokenizerConfig
     from miditok.constants import CHORD_MAPS, CHR_ID_START, PITCH_CLASSES
+    from pebble import ProcessExpired, ProcessPool
     from symusic import ControlChange, Note, Pedal, Score, Tempo, TimeSignature, Track
     from tqdm import tqdm
 
-    # One file. side: "train" or "val" if published, else "". Once read, its ids are base[start:stop].
-    Take = namedtuple("Take", "name path piece side start stop notes seconds", defaults=[0, 0, 0, 0])
+    # One file. side: "train" or "val" if published, else "". Once read, its ids are base[span].
+    Take = namedtuple("Take", "name path piece side span notes seconds", defaults=[None, 0, 0])
 
 PITCHES = 21, 108  # the 88 keys
 MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
 MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
 MIDI = ".mid", ".midi"
-BPE_TOKENS = 10_000_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
+BPE_NOTES = 2_500_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
 DATASETS = {
     "maestro": "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
     "#sha256=70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c",
@@ -141,7 +140,7 @@ def prepare(score, tokenizer):
     if score.ticks_per_quarter <= 0 or any(tempo.mspq < 10_000 for tempo in score.tempos):
         raise Refused("no usable clock: a beat of 0 ticks, or under 10 ms")
     notes, pedal = piano(score if own_beats else score.to("second"), config.use_sustain_pedals)
-    notes = notes[:, (PITCHES[0] <= notes[2]) & (notes[2] <= PITCHES[1])]
+    notes = notes[:, (PITCHES[0] <= notes[2]) & (notes[2] <= PITCHES[1])][:, ::-1]
     if not notes.size:
         raise Refused("no piano notes")
     grid = config.max_num_pos_per_beat * (2 if config.use_time_signatures else 1)  # beats of x/8 are halves
@@ -152,8 +151,7 @@ def prepare(score, tokenizer):
         raise Refused(f"too long: over {MAX_BEATS} beats")
     if np.diff(np.sort(start)).max(initial=0) > MAX_SILENCE * grid:
         raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
-    order = np.lexsort((notes[0], notes[2], start))
-    order = order[np.diff(start[order] * 128 + notes[2, order], append=-1) != 0]  # one a key and position
+    _, order = np.unique(128 * start + notes[2], return_index=True)  # one a key and position: the last played
     time, length = start[order].astype(np.int32), np.maximum(end - start, 1)[order].astype(np.int32)
     pitch, velocity = notes[2:, order].astype(np.int8)
     track = Track()
@@ -222,14 +220,14 @@ def base_ids(score, tokenizer):
     length_ids = np.array([vocab["Duration_{}.{}.{}".format(*length)] for length in tokenizer.durations])
     velocity_ids = np.array([vocab[f"Velocity_{velocity}"] for velocity in tokenizer.velocities])
     moves = np.diff(time, prepend=-1) != 0  # the first note of every chord needs a Position
-    bars = np.diff(time // bar, prepend=-1)  # how many bars begin before each note
-    last = np.cumsum(bars + moves + 3) - 1  # where each note's Duration stands
-    ids = np.full(last[-1] + 1, vocab["Bar_None"], np.uint16)
-    ids[last[moves] - 3] = vocab["Position_0"] + time[moves] % bar
-    ids[last - 2] = vocab[f"Pitch_{PITCHES[0]}"] + notes["pitch"].astype(int) - PITCHES[0]
-    ids[last - 1] = velocity_ids[nearest(tokenizer.velocities, notes["velocity"])]
-    ids[last] = length_ids[nearest(lengths, notes["duration"])]
-    return ids
+    position = np.where(moves, vocab["Position_0"] + time % bar, -1)
+    pitch = vocab[f"Pitch_{PITCHES[0]}"] + notes["pitch"].astype(int) - PITCHES[0]
+    velocity = velocity_ids[nearest(tokenizer.velocities, notes["velocity"])]
+    length = length_ids[nearest(lengths, notes["duration"])]
+    rows = np.stack([position, pitch, velocity, length], axis=1)  # one a note; -1 is no token
+    bars = np.repeat(4 * np.arange(len(rows)), np.diff(time // bar, prepend=-1))  # where they begin in the rows
+    ids = np.insert(rows.ravel(), bars, vocab["Bar_None"])
+    return ids[ids >= 0].astype(np.uint16)
 
 
 def nearest(choices, values):
@@ -263,11 +261,11 @@ def transposition(tokenizer, semitones):
     for token, index in tokenizer.vocab.items():
         kind, value = token.split("_")
         if kind == "Pitch":
-            table[index] = tokenizer.vocab.get(f"Pitch_{int(value) + semitones}", -1)
+            token = f"Pitch_{int(value) + semitones}"
         elif kind == "Chord":
             root, quality = value.split(":")
-            root = PITCH_CLASSES[(PITCH_CLASSES.index(root) + semitones) % 12]
-            table[index] = tokenizer.vocab[f"Chord_{root}:{quality}"]
+            token = f"Chord_{PITCH_CLASSES[(PITCH_CLASSES.index(root) + semitones) % 12]}:{quality}"
+        table[index] = tokenizer.vocab.get(token, -1)
     return table
 
 
@@ -280,72 +278,54 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
     with open(base_path, "wb") as base:
         answers = parallel(partial(read_one, tokenizer), [take.path for take in takes], workers)
         for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
-            digest, ids, notes, seconds = answer or [None] * 4
+            ids, notes, seconds = answer or (None, 0, 0)
+            digest = answer and hashlib.sha256(ids).digest()
             if digest in seen:
-                reason = f"duplicate: the same bytes as {seen[digest]}"
+                reason = f"duplicate: the same notes as {seen[digest]}"
             if reason:
                 skipped.append((take.name, reason))
                 continue
             seen[digest] = take.name
             start = base.tell() // ids.itemsize
             ids.tofile(base)
-            readable.append(take._replace(start=start, stop=start + len(ids), notes=notes, seconds=seconds))
+            readable.append(take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds))
     return readable
 
 
 def read_one(tokenizer, path):
-    """What a worker does: file -> its SHA-256, base ids, number of notes, seconds of music."""
+    """What a worker does: file -> its base ids, number of notes, seconds of music."""
     score = load_score(path, tokenizer)
-    digest = hashlib.sha256(Path(path).read_bytes()).digest()
-    return digest, base_ids(score, tokenizer), score.note_num(), score.to("second").end()
+    return base_ids(score, tokenizer), score.note_num(), score.to("second").end()
 
 
 def parallel(function, items, workers, seconds=MAX_SECONDS):
     """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item."""
-    context = multiprocessing.get_context("spawn")
-    mine = threading.local()  # every thread has one worker process, and replaces it when it fails
-
-    def ask(item):
-        if getattr(mine, "worker", None) is None:
-            mine.pipe, theirs = context.Pipe()
-            mine.worker = context.Process(target=serve, args=(theirs, function), daemon=True)
-            mine.worker.start()
-            theirs.close()  # so that the pipe ends when the worker does
-        try:
-            mine.pipe.send(item)
-            if mine.pipe.poll(seconds):
-                return mine.pipe.recv()
-            reason = f"too slow: gave up after {seconds} s"
-        except (EOFError, OSError):
-            reason = "crashed: it killed the process that read it"
-        mine.worker.kill()
-        mine.worker = None
-        return None, reason
-
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
-                yield from threads.map(ask, items[first : first + 1000])
-        finally:
-            for worker in multiprocessing.active_children():
-                worker.kill()
+    pool = ProcessPool(workers, initializer=limit_memory, context=multiprocessing.get_context("spawn"))
+    try:
+        for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
+            batch = [pool.schedule(function, [item], timeout=seconds) for item in items[first : first + 1000]]
+            for future in batch:
+                try:
+                    yield future.result(), None
+                except Refused as error:
+                    yield None, str(error)
+                except TimeoutError:
+                    yield None, f"too slow: gave up after {seconds} s"
+                except ProcessExpired:
+                    yield None, "crashed: it killed the process that read it"
+                except Exception as error:
+                    yield None, f"failed: {type(error).__name__}: {error}"
+    finally:
+        pool.stop()
+        pool.join()
 
 
-def serve(pipe, function):
-    """A worker process: answers every item until the parent is gone."""
+def limit_memory():
+    """How a worker starts: a file that asks for too much gets a MemoryError."""
     if sys.platform != "win32":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    with suppress(EOFError, OSError):
-        while True:
-            item = pipe.recv()
-            try:
-                answer = function(item), None
-            except Exception as error:
-                kind = "" if isinstance(error, Refused) else f"failed: {type(error).__name__}: "
-                answer = None, kind + str(error)
-            pipe.send(answer)
 
 
 # -------------------------------------------------------------------------------- finding the files
@@ -372,16 +352,21 @@ def find_files(sources, work, skipped):
                 skipped.append((name, "test split: kept out of training and validation"))
             else:
                 takes.append(Take(name, str(file), piece, side))
+    if not takes:
+        raise Refused(f"no MIDI files (.mid, .midi) in {', '.join(map(str, sources))}")
     return takes
 
 
 def published_split(table):
     """MAESTRO's own table -> {path of a MIDI file: (piece, side)}."""
     published, sides = {}, {"train": "train", "validation": "val", "test": "test"}
-    with open(table, encoding="utf-8", newline="") as rows:
-        for row in csv.DictReader(rows):
-            piece = f"{row['canonical_composer']}: {row['canonical_title']}"
-            published[table.parent / row["midi_filename"]] = piece, sides[row["split"]]
+    try:
+        with open(table, encoding="utf-8", newline="") as rows:
+            for row in csv.DictReader(rows):
+                piece = f"{row['canonical_composer']}: {row['canonical_title']}"
+                published[table.parent / row["midi_filename"]] = piece, sides[row["split"]]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise Refused(f"{table}: not MAESTRO's table, it lacks or misuses a column: {error!r}") from error
     return published
 
 
@@ -420,21 +405,20 @@ def download(address, folder):
 
 def unpack(archive, folder):
     """Unpack a .zip or .tar.gz, if it is whole; zipfile and tarfile's data filter never write elsewhere."""
-    limit = 200_000_000 + 100 * archive.stat().st_size
-    bomb = Refused(f"a bomb? It would fill over {limit:,} bytes")
-    show = partial(tqdm, desc=f"unpacking {archive.name}", unit=" files")
+    limit, size = 200_000_000 + 100 * archive.stat().st_size, 0
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            if sum(member.file_size for member in opened.infolist()) > limit:
-                raise bomb
-            opened.extractall(folder, show(opened.namelist()))
-        return
-    with gzip.open(archive) as stream:  # read it all, because its checksum comes last
-        for _ in tqdm(iter(partial(stream.read, 1 << 20), b""), f"checking {archive.name}", unit=" MB"):
-            if stream.tell() > limit:
-                raise bomb
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, show(opened), filter="data")
+        opened = zipfile.ZipFile(archive)
+        size = sum(member.file_size for member in opened.infolist())
+    else:
+        with gzip.open(archive) as stream:  # read it all, because its checksum comes last
+            while size <= limit and stream.read(1 << 20):
+                size = stream.tell()
+        opened = tarfile.open(archive)
+        opened.extraction_filter = tarfile.data_filter
+    if size > limit:
+        raise Refused(f"a bomb? It would fill over {limit:,} bytes")
+    with opened:
+        opened.extractall(folder)
 
 
 # -------------------------------------------------------------------------------- from ids to memmaps
@@ -457,6 +441,16 @@ def split(takes, val_fraction, split_by, seed):
     return [take._replace(side=take.side or ("val" if take.piece in held_out else "train")) for take in takes]
 
 
+def train_bpe(tokenizer, takes, base, vocab_size):
+    """Teach the tokenizer to join what often stands together; of a large corpus, in evenly spaced files."""
+    notes = sum(take.notes for take in takes)
+    if vocab_size is None:
+        vocab_size = min(10_000, max(1000, round(notes // 2000, -3)))
+        print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
+    texts = [bar_words(base[take.span], tokenizer) for take in takes[:: math.ceil(notes / BPE_NOTES)]]
+    tokenizer.train(vocab_size=vocab_size, iterator=texts)
+
+
 def write_side(path, takes, base, tokenizer, shifts, dtype):
     """Write every take, in all transpositions that the keyboard holds, as BOS ... EOS; count them."""
     tables = [transposition(tokenizer, semitones) for semitones in shifts]
@@ -466,36 +460,40 @@ def write_side(path, takes, base, tokenizer, shifts, dtype):
     with open(path, "wb") as file:
         for first in tqdm(range(0, len(takes), 16), f"writing {path.name}", unit=" x 16 files"):
             for table in tables:
-                shifted = [table[base[take.start : take.stop]] for take in takes[first : first + 16]]
+                shifted = [table[base[take.span]] for take in takes[first : first + 16]]
                 for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
                     np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
-                    counts["sequences"] += 1
-                    counts["tokens"] += len(ids) + 2
+                    counts.update(sequences=1, tokens=len(ids) + 2)
+    ratio = counts["tokens"] / counts["notes"] * counts["files"] / counts["sequences"]  # of transposed copies, one
+    print(
+        f"{path.stem}: {counts['pieces']:,} pieces, {counts['files']:,} takes, {counts['notes']:,} notes, "
+        f"{counts['seconds'] / 3600:.1f} hours, {counts['tokens']:,} tokens, {ratio:.2f} tokens per note"
+    )
     return counts
 
 
 def round_trip(takes, tokenizer):
-    """Up to 20 files -> ids -> notes: how many are lost, how far are others off (median, 95th percentile)."""
-    takes = takes[:: math.ceil(len(takes) / 20)]
-    errors, notes, lost, tokens = [], 0, 0, 0
-    for take in tqdm(takes, "round trip", unit=" files"):
-        ids = encode(load_score(take.path, tokenizer), tokenizer)
-        before, _ = piano(read_midi(take.path).to("second"), tokenizer.config.use_sustain_pedals)
-        after, _ = piano(tokenizer.decode([ids]).to("second"), tokenizer.config.use_sustain_pedals)
-        tokens += len(ids)
-        notes += before.shape[1]
-        lost += before.shape[1] - after.shape[1]
-        for played in (before, after):
-            played[1] -= played[0]  # lengths, not ends
-            played[0] -= played[0].min()
-        match = nearest(after[2] * 1e6 + after[0], before[2] * 1e6 + before[0])  # same key, nearest time
+    """Up to 20 files -> ids -> notes: what is lost, and how far the rest is off (median, 95th percentile)."""
+    sums, errors, dry = Counter(), [], tokenizer.config.use_sustain_pedals
+    for take in tqdm(takes[:: math.ceil(len(takes) / 20)], "round trip", unit=" files"):
+        played = read_midi(take.path)
+        ids = encode(prepare(played, tokenizer), tokenizer)
+        before, after = (piano(score.to("second"), dry)[0] for score in (played, tokenizer.decode([ids])))
+        lost = before.shape[1] - after.shape[1]
+        sums.update(files=1, notes=before.shape[1], lost=lost, tokens=len(ids), seconds=take.seconds)
+        for notes in (before, after):
+            notes[1] -= notes[0]  # lengths, not ends
+            notes[0] -= notes[0].min()
+            notes[:2] *= 1000  # ms
+        match = nearest(after[2] * 1e9 + after[0], before[2] * 1e9 + before[0])  # same key, nearest time
         errors.append(np.abs(before - after[:, match])[:, before[2] == after[2, match]])
-    onset, length, _, velocity = np.percentile(np.concatenate(errors, axis=1), [50, 95], axis=1).T
-    report = {"files": len(takes), "notes": notes, "notes_lost": lost, "velocity": velocity.round(2).tolist()}
-    report |= {"onset_ms": (1000 * onset).round(2).tolist(), "duration_ms": (1000 * length).round(2).tolist()}
-    report["tokens_per_note"] = round(tokens / notes, 2)
-    report["tokens_per_second"] = round(tokens / sum(take.seconds for take in takes), 2)
-    return report
+    onset, duration, _, velocity = np.percentile(np.hstack(errors), [50, 95], axis=1).T.round(2).tolist()
+    return {
+        **{"files": sums["files"], "notes": sums["notes"], "notes_lost": sums["lost"]},
+        **{"onset_ms": onset, "duration_ms": duration, "velocity": velocity},
+        "tokens_per_note": round(sums["tokens"] / sums["notes"], 2),
+        "tokens_per_second": round(sums["tokens"] / sums["seconds"], 2),
+    }
 
 
 # -------------------------------------------------------------------------------- a corpus of our own
@@ -513,6 +511,14 @@ MELODIES = (
 CADENCES = "0------- 1---0--- 2-1-0---", "0----- 1-0--- 210---"
 
 
+def compose_corpus(count, seed, folder):
+    """Compose études into a folder, which is returned; no two seeds share one."""
+    folder.mkdir()
+    for number in tqdm(range(count), "composing", unit=" études"):
+        compose(seed * 1_000_000 + number).dump_midi(folder / f"{number:06d}.mid")
+    return folder
+
+
 def compose(seed):
     """A small tonal étude as a Score: melody in phrases over a figure, with rubato, dynamics and pedal."""
     dice = random.Random(seed)
@@ -520,7 +526,6 @@ def compose(seed):
     tonic, minor = dice.randrange(67, 79), dice.random() < 0.4
     loudness, rubato = dice.uniform(52, 70), dice.choice([0, 0.03, 0.06])
     scale = (0, 2, 3, 5, 7, 8, 10) if minor else (0, 2, 4, 5, 7, 9, 11)
-    track = Track()
 
     def section(*progressions):
         """Phrases of four bars (chord, melody, figure): melodies a, a, b, a cadence, over one figure."""
@@ -529,39 +534,35 @@ def compose(seed):
             cadence = dice.choice(CADENCES[waltz].split())
             yield from zip(dice.choice(progression), (a, a, b, cadence), [figure] * 4)
 
-    def tick(bar):
-        """When a moment, in bars, sounds: a phrase of four hurries, then waits; the last bar slows down."""
-        ritardando = 0.4 * max(0, bar + 1 - len(form)) ** 2
-        return round(960 * (bar * bar_seconds - rubato * math.sin(math.pi * bar / 2) + ritardando))
-
-    def play(bar, chord, text, left):
-        """Write one bar of one hand."""
-        for sign in re.finditer("[^-]-*", text):
-            start, end = (bar + place / len(text) for place in sign.span())
-            begin, name = tick(start) + dice.randrange(8), sign[0][0]
-            swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (start == bar) + (-8 if left else 8)
-            for steps in {"B": "0", "C": "024"}.get(name, name):
-                octave, step = divmod(chord - 7 * (chord > 2) + int(steps), 7)
-                leading_tone = minor and chord == 4 and step == 6
-                pitch = tonic + 12 * octave + scale[step] + leading_tone
-                if left:  # inside one octave, which keeps the hand still
-                    lowest = 36 if name == "B" else 48
-                    pitch = lowest + (pitch - lowest) % 12
-                velocity = round(loudness + swell + dice.gauss(0, 2))
-                track.notes.append(Note(begin, tick(end - 0.05 * (end - start)) - begin, pitch, velocity))
-
     first, second = list(section(QUESTIONS, ANSWERS)), list(section(ELSEWHERE, QUESTIONS))
     form = first + second + first if bar_seconds == 4 else first + first + second + first
-    for bar, (chord, melody, figure) in enumerate(form):
-        play(bar, chord, melody, left=False)
-        play(bar, chord, figure, left=True)
-        if "B" in figure and not set("1356") & set(melody):  # pedal where the whole bar is one chord
+    form.append((0, "0", "B", "C"))  # the last chord
+
+    def tick(bar):
+        """When a moment, in bars, sounds: a phrase of four hurries, then waits; the last two bars slow down."""
+        ritardando = 0.4 * max(0, bar + 2 - len(form)) ** 2
+        return round(960 * (bar * bar_seconds - rubato * math.sin(math.pi * bar / 2) + ritardando))
+
+    track = Track()
+    for bar, (chord, *hands) in enumerate(form):
+        for left, text in enumerate(hands):  # 0, the melody, is the right hand's
+            for sign in re.finditer("[^-]-*", text):
+                start, end = (bar + place / len(text) for place in sign.span())
+                begin, name = tick(start) + dice.randrange(8), sign[0][0]
+                swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (start == bar) + (-8 if left else 8)
+                for steps in {"B": "0", "C": "024"}.get(name, name):
+                    octave, step = divmod(chord - 7 * (chord > 2) + int(steps), 7)
+                    leading_tone = minor and chord == 4 and step == 6
+                    pitch = tonic + 12 * octave + scale[step] + leading_tone
+                    if left:  # inside one octave, which keeps the hand still
+                        lowest = 36 if name == "B" else 48
+                        pitch = lowest + (pitch - lowest) % 12
+                    velocity = round(loudness + swell + dice.gauss(0, 2))
+                    track.notes.append(Note(begin, tick(end - 0.05 * (end - start)) - begin, pitch, velocity))
+        if "B" in hands[1] and not set("1356") & set(hands[0]):  # pedal where the whole bar is one chord
             track.controls.append(ControlChange(tick(bar + 0.02), 64, 127))
             track.controls.append(ControlChange(tick(bar + 0.98), 64, 0))
-    for text, left in (("B", True), ("C", True), ("0", False)):  # the last chord
-        play(len(form), 0, text, left)
     score = Score(480)
-    score.tempos.append(Tempo(0, 120))
     score.tracks.append(track)
     return score
 
@@ -572,56 +573,37 @@ def compose(seed):
 def main(args):
     began, work, skipped = time.monotonic(), args.out / ".unfinished", []
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    work.mkdir(parents=True)
     options = args.tempos, args.chords, args.sustain_pedals, args.time_signatures
     tokenizer = build_tokenizer(args.beat_res, args.num_velocities, *options)
     if 0 < (args.vocab_size or 0) <= len(tokenizer):
         raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}, the base tokens")
 
-    (work / "etudes").mkdir(parents=True)
-    if not args.sources:
-        for number in tqdm(range(args.etudes), "composing", unit=" études"):
-            compose(args.seed * 1_000_000 + number).dump_midi(work / "etudes" / f"{number:06d}.mid")
-    takes = find_files(args.sources or [work / "etudes"], work, skipped)
-    if not takes:
-        raise Refused(f"no MIDI files (.mid, .midi) in {', '.join(args.sources)}")
+    takes = find_files(args.sources or [compose_corpus(args.etudes, args.seed, work / "etudes")], work, skipped)
     takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
     reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
     print(f"read {len(takes)} files, skipped {len(skipped)}: {reasons}")
-
     takes = split(takes, args.val_fraction, args.split_by, args.seed)
-    sides = {side: [take for take in takes if take.side == side] for side in ("train", "val")}
-    if not all(sides.values()):
+    train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
+    if not train or not val:
         raise Refused(f"{len(takes)} readable files are not two pieces, one to train on, one to hold out")
-    vocab_size, train_notes = args.vocab_size, sum(take.notes for take in sides["train"])
-    if vocab_size is None:
-        vocab_size = min(10_000, max(1000, round(train_notes // 2000, -3)))
-        print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
-    base = np.memmap(work / "base.bin", np.uint16, "r")
-    if vocab_size:
-        stride = math.ceil(sum(take.stop - take.start for take in sides["train"]) / BPE_TOKENS)
-        texts = [bar_words(base[take.start : take.stop], tokenizer) for take in sides["train"][::stride]]
-        tokenizer.train(vocab_size=vocab_size, iterator=texts)
-    tokenizer.save(work / "tokenizer.json")
 
+    base = np.memmap(work / "base.bin", np.uint16, "r")
+    if args.vocab_size != 0:
+        train_bpe(tokenizer, train, base, args.vocab_size)
+    tokenizer.save(work / "tokenizer.json")
     meta = {"vocab_size": len(tokenizer), "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32"}
     meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
     meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
-    for side, shift in (("train", args.transpose), ("val", 0)):
-        shifts = range(-shift, shift + 1)
-        meta[side] = write_side(work / f"{side}.bin", sides[side], base, tokenizer, shifts, meta["dtype"])
-        counts = meta[side]
-        ratio = counts["tokens"] / counts["notes"] * counts["files"] / counts["sequences"]  # of transposed copies, one
-        print(
-            f"{side}: {counts['pieces']:,} pieces, {counts['files']:,} takes, {counts['notes']:,} notes, "
-            f"{counts['seconds'] / 3600:.1f} hours, {counts['tokens']:,} tokens, {ratio:.2f} tokens per note"
-        )
-    meta |= {"settings": vars(args) | {"out": str(args.out)}, "skipped": reasons}
-    meta["round_trip"] = round_trip(takes, tokenizer)
+    shifts = range(-args.transpose, args.transpose + 1)
+    meta["train"] = write_side(work / "train.bin", train, base, tokenizer, shifts, meta["dtype"])
+    meta["val"] = write_side(work / "val.bin", val, base, tokenizer, [0], meta["dtype"])
+    meta |= {"settings": vars(args), "skipped": reasons, "round_trip": round_trip(takes, tokenizer)}
     if args.report:
         print(f"round trip: {meta['round_trip']}")
     with open(work / "skipped.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
         csv.writer(table).writerows([("file", "reason"), *skipped])
-    (work / "meta.json").write_text(json.dumps(meta, indent=2))
+    (work / "meta.json").write_text(json.dumps(meta, indent=2, default=str))
 
     (args.out / "meta.json").unlink(missing_ok=True)  # killed here, none describes another run's files
     for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv", "meta.json"):
