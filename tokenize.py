@@ -36,11 +36,15 @@ else:
     import shutil
     import sys
     import tarfile
+    import threading
     import time
     import urllib.request
     import zipfile
     from collections import Counter, namedtuple
-    from concurrent.futures import TimeoutError  # Python 3.10 has another under that name
+    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+    from concurrent.futures import TimeoutError  # not the built-in one before Python 3.11
+    from concurrent.futures.process import BrokenProcessPool
+    from contextlib import suppress
     from functools import partial
     from pathlib import Path
 
@@ -48,7 +52,6 @@ else:
     from huggingface_hub import hf_hub_download
     from miditok import REMI, TokenizerConfig
     from miditok.constants import CHORD_MAPS, CHR_ID_START, PITCH_CLASSES
-    from pebble import ProcessExpired, ProcessPool
     from symusic import ControlChange, Note, Pedal, Score, Tempo, TimeSignature, Track
     from tqdm import tqdm
 
@@ -110,7 +113,7 @@ def load_tokenizer(path):
         raise Refused(f"{path}: not a usable tokenizer ({error or type(error).__name__})") from error
 
 
-# -------------------------------------------------------------------------------- reading one file
+# -------------------------------------------------------------------------------- one file, from MIDI to ids
 
 
 def load_score(path, tokenizer):
@@ -206,9 +209,6 @@ def piano(score, dry):
     return notes, pedal
 
 
-# -------------------------------------------------------------------------------- from notes to ids
-
-
 def base_ids(score, tokenizer):
     """Prepared Score -> ids before BPE [N]: those of tokenizer.encode, without a Python object a token."""
     config, vocab = tokenizer.config, tokenizer.vocab
@@ -269,66 +269,7 @@ def transposition(tokenizer, semitones):
     return table
 
 
-# -------------------------------------------------------------------------------- reading many files
-
-
-def read_takes(takes, tokenizer, workers, base_path, skipped):
-    """Read every file once, appending its ids to base_path; return the takes that could be read."""
-    readable, seen = [], {}
-    with open(base_path, "wb") as base:
-        answers = parallel(partial(read_one, tokenizer), [take.path for take in takes], workers)
-        for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
-            ids, notes, seconds = answer or (None, 0, 0)
-            digest = answer and hashlib.sha256(ids).digest()
-            if digest in seen:
-                reason = f"duplicate: the same notes as {seen[digest]}"
-            if reason:
-                skipped.append((take.name, reason))
-                continue
-            seen[digest] = take.name
-            start = base.tell() // ids.itemsize
-            ids.tofile(base)
-            readable.append(take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds))
-    return readable
-
-
-def read_one(tokenizer, path):
-    """What a worker does: file -> its base ids, number of notes, seconds of music."""
-    score = load_score(path, tokenizer)
-    return base_ids(score, tokenizer), score.note_num(), score.to("second").end()
-
-
-def parallel(function, items, workers, seconds=MAX_SECONDS):
-    """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item."""
-    pool = ProcessPool(workers, initializer=limit_memory, context=multiprocessing.get_context("spawn"))
-    try:
-        for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
-            batch = [pool.schedule(function, [item], timeout=seconds) for item in items[first : first + 1000]]
-            for future in batch:
-                try:
-                    yield future.result(), None
-                except Refused as error:
-                    yield None, str(error)
-                except TimeoutError:
-                    yield None, f"too slow: gave up after {seconds} s"
-                except ProcessExpired:
-                    yield None, "crashed: it killed the process that read it"
-                except Exception as error:
-                    yield None, f"failed: {type(error).__name__}: {error}"
-    finally:
-        pool.stop()
-        pool.join()
-
-
-def limit_memory():
-    """How a worker starts: a file that asks for too much gets a MemoryError."""
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-
-
-# -------------------------------------------------------------------------------- finding the files
+# -------------------------------------------------------------------------------- many files
 
 
 def find_files(sources, work, skipped):
@@ -421,6 +362,70 @@ def unpack(archive, folder):
         opened.extractall(folder)
 
 
+def read_takes(takes, tokenizer, workers, base_path, skipped):
+    """Read every file once, appending its ids to base_path; return the takes that could be read."""
+    readable, seen = [], {}
+    with open(base_path, "wb") as base:
+        answers = parallel(partial(read_one, tokenizer), [take.path for take in takes], workers)
+        for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
+            if answer:
+                ids, notes, seconds = answer
+                digest = hashlib.sha256(ids).digest()
+                reason = f"duplicate: the same notes as {seen[digest]}" if digest in seen else None
+            if reason:
+                skipped.append((take.name, reason))
+                continue
+            seen[digest] = take.name
+            start = base.tell() // ids.itemsize
+            ids.tofile(base)
+            readable.append(take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds))
+    return readable
+
+
+def read_one(tokenizer, path):
+    """What a worker does: file -> its base ids, number of notes, seconds of music."""
+    score = load_score(path, tokenizer)
+    return base_ids(score, tokenizer), score.note_num(), score.to("second").end()
+
+
+def parallel(function, items, workers, seconds=MAX_SECONDS):
+    """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item."""
+    context, mine, pools = multiprocessing.get_context("spawn"), threading.local(), []
+
+    def ask(item):
+        try:
+            if not hasattr(mine, "pool"):  # every thread has one process of its own, a new one when that is lost
+                mine.pool = ProcessPoolExecutor(1, context, limit_memory)
+                pools.append(mine.pool)
+                mine.process = mine.pool.submit(os.getpid).result()
+            return mine.pool.submit(function, item).result(seconds), None
+        except BrokenProcessPool:
+            reason = "crashed: it killed the process that read it"
+        except TimeoutError:
+            reason = f"too slow: gave up after {seconds} s"
+            os.kill(mine.process, signal.SIGTERM)
+        except Exception as error:
+            return None, str(error) if isinstance(error, Refused) else f"failed: {type(error).__name__}: {error}"
+        del mine.pool
+        return None, reason
+
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
+                yield from threads.map(ask, items[first : first + 1000])
+    finally:
+        for pool in pools:
+            pool.shutdown()
+
+
+def limit_memory():
+    """How a worker starts: a file that asks for too much gets a MemoryError."""
+    with suppress(ImportError, ValueError):  # Windows has no such limit, macOS refuses it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+
+
 # -------------------------------------------------------------------------------- from ids to memmaps
 
 
@@ -488,12 +493,11 @@ def round_trip(takes, tokenizer):
         match = nearest(after[2] * 1e9 + after[0], before[2] * 1e9 + before[0])  # same key, nearest time
         errors.append(np.abs(before - after[:, match])[:, before[2] == after[2, match]])
     onset, duration, _, velocity = np.percentile(np.hstack(errors), [50, 95], axis=1).T.round(2).tolist()
-    return {
-        **{"files": sums["files"], "notes": sums["notes"], "notes_lost": sums["lost"]},
-        **{"onset_ms": onset, "duration_ms": duration, "velocity": velocity},
-        "tokens_per_note": round(sums["tokens"] / sums["notes"], 2),
-        "tokens_per_second": round(sums["tokens"] / sums["seconds"], 2),
-    }
+    report = {"files": sums["files"], "notes": sums["notes"], "notes_lost": sums["lost"]}
+    report |= {"onset_ms": onset, "duration_ms": duration, "velocity": velocity}
+    report["tokens_per_note"] = round(sums["tokens"] / sums["notes"], 2)
+    report["tokens_per_second"] = round(sums["tokens"] / sums["seconds"], 2)
+    return report
 
 
 # -------------------------------------------------------------------------------- a corpus of our own
