@@ -346,6 +346,7 @@ def download(address, folder):
 
 def unpack(archive, folder):
     """Unpack a .zip or .tar.gz, if it is whole; zipfile and tarfile's data filter never write elsewhere."""
+    print(f"unpacking {archive.name!a}")  # its name may not be UTF-8
     limit, size = 200_000_000 + 100 * archive.stat().st_size, 0
     if zipfile.is_zipfile(archive):
         opened = zipfile.ZipFile(archive)
