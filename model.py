@@ -32,6 +32,9 @@ class Config:
     context: int = 1024  # the most tokens that the model sees at once
     dropout: float = 0.1
     attention: str = "xla"  # "cudnn" on NVIDIA GPUs and "splash" on TPUs: the same numbers, faster, in less memory
+    rotary: bool = False  # turn queries and keys by their position, instead of learned positions
+    qk_norm: bool = False  # queries and keys of length 1, times a learned scale: attention cannot saturate
+    tied: bool = False  # one matrix for the token embedding and the head
 
 
 def normal(key, *shape, std=0.02):
@@ -39,18 +42,22 @@ def normal(key, *shape, std=0.02):
 
 
 def dropout(x_BTD, keys_B, rate):
-    """Zero a `rate` share of x (in steps of 1/256) and scale up the rest to keep the mean; without keys, do nothing.
+    """Zero a `rate` share of x and scale up the rest to keep the mean; without keys, do nothing.
 
     Each row's mask depends on that row's key alone, so it is the same on one device and on eight, in one batch or in
-    micro-batches. Random bits cost real time: one 32-bit word serves four elements.
+    micro-batches. Random bits cost real time, so each row draws only a number to begin with; the others are hashes of
+    it and of the place (the 32-bit mixer by Wellons, nullprogram.com/blog/2018/07/31), which fuse with the rest.
     """
     if keys_B is None or rate == 0:
         return x_BTD
     T, D = x_BTD.shape[1:]
-    words = jax.vmap(lambda key: jax.random.bits(key, (T, D // 4), jnp.uint32))(keys_B)
-    bytes_BTD = jnp.concatenate([(words >> shift) & 255 for shift in (0, 8, 16, 24)], axis=-1)
-    dropped = round(256 * rate)
-    return jnp.where(bytes_BTD >= dropped, x_BTD * (256 / (256 - dropped)), 0).astype(x_BTD.dtype)
+    step, mixer_1, mixer_2 = np.uint32([0x9E3779B9, 0x7FEB352D, 0x846CA68B])
+    first_B = jax.vmap(jax.random.bits)(keys_B)
+    bits_BTD = first_B[:, None, None] + step * jnp.arange(T * D, dtype=jnp.uint32).reshape(T, D)
+    bits_BTD = (bits_BTD ^ (bits_BTD >> 16)) * mixer_1
+    bits_BTD = (bits_BTD ^ (bits_BTD >> 15)) * mixer_2
+    kept_BTD = (bits_BTD ^ (bits_BTD >> 16)) >= np.uint32(rate * 2**32)
+    return jnp.where(kept_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
@@ -81,12 +88,28 @@ def attend(q_BHTK, k_BHSK, v_BHSK, start):
     """Queries that stand at start, start + 1, ... over the keys and values up to each one: [B, T, H, K]."""
     T, K, S = q_BHTK.shape[2], q_BHTK.shape[3], k_BHSK.shape[2]
     scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * K**-0.5, k_BHSK, preferred_element_type=jnp.float32)
-    visible_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
+    position_T1 = start + jnp.arange(T)[:, None]
+    visible_TS = (position_T1 - jnp.arange(S)) % S <= position_T1  # slot s holds the last token s, s + S, s + 2 S, ...
     scores_BHTS = jnp.where(visible_TS, scores_BHTS, -1e30)
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
     sums_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
     # softmax divides here, after the product, where there is less to divide
     return (sums_BHTK / weights_BHTS.sum(axis=-1, keepdims=True)).astype(v_BHSK.dtype).swapaxes(1, 2)
+
+
+def normalize(x):
+    """Vectors of length 1 along the last axis."""
+    return x * jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).sum(axis=-1, keepdims=True) + 1e-6).astype(x.dtype)
+
+
+def rotate(x_BTHK, start):
+    """Turn pairs of numbers by angles that grow with the token's position (RoPE, Su et al. 2021)."""
+    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
+    frequency_P = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)
+    angle_T1P = (start + jnp.arange(T))[:, None, None] * frequency_P
+    cos, sin = jnp.cos(angle_T1P), jnp.sin(angle_T1P)
+    a, b = jnp.split(x_BTHK, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
 
 
 class Block(eqx.Module):
@@ -95,6 +118,7 @@ class Block(eqx.Module):
     attention_norm: eqx.nn.LayerNorm
     mlp_norm: eqx.nn.LayerNorm
     qkv_DE: jax.Array  # no bias on queries, keys and values
+    sharpness_H: jax.Array | None  # of attention, where only the directions of queries and keys count
     out_DD: jax.Array
     out_bias_D: jax.Array
     up_DF: jax.Array
@@ -108,6 +132,7 @@ class Block(eqx.Module):
         qkv_key, out_key, up_key, down_key = jax.random.split(key, 4)
         self.attention_norm, self.mlp_norm = eqx.nn.LayerNorm(D), eqx.nn.LayerNorm(D)
         self.qkv_DE = normal(qkv_key, D, 3 * D)
+        self.sharpness_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None
         self.out_DD, self.out_bias_D = normal(out_key, D, D, std=residual_std), jnp.zeros(D)
         self.up_DF, self.up_bias_F = normal(up_key, D, 4 * D), jnp.zeros(4 * D)
         self.down_FD, self.down_bias_D = normal(down_key, 4 * D, D, std=residual_std), jnp.zeros(D)
@@ -117,10 +142,16 @@ class Block(eqx.Module):
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         qkv_BTE = for_each_token(self.attention_norm, x_BTD) @ self.qkv_DE
         q_BTHK, k_BTHK, v_BTHK = (x.reshape(B, T, cfg.heads, -1) for x in jnp.split(qkv_BTE, 3, axis=-1))
+        if cfg.qk_norm:
+            K = cfg.dim // cfg.heads  # attention will divide by sqrt(K)
+            q_BTHK, k_BTHK = normalize(q_BTHK) * (K**0.5 * self.sharpness_H)[:, None], normalize(k_BTHK)
+        if cfg.rotary:
+            q_BTHK, k_BTHK = rotate(q_BTHK, start), rotate(k_BTHK, start)
         if cache is None:
             mixed_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, cfg.attention)
         else:
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+            slot = start % cache[0].shape[2]  # a ring: the newest token takes the place of the oldest
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
             q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
             cache = write(cache[0], k_BHTK), write(cache[1], v_BHTK)
             # a branch of its own, though always taken: else XLA copies the cache at each step on CPU, a quarter slower
@@ -139,20 +170,21 @@ class Decoder(eqx.Module):
     """Token ids in, logits of the next token out. All its leaves are arrays: jax.jit, jax.grad and optax just work."""
 
     token_VD: jax.Array
-    position_SD: jax.Array  # learned, added to the token's embedding
+    position_SD: jax.Array | None  # learned, added to the token's embedding
     blocks: list[Block]
     norm: eqx.nn.LayerNorm
-    head_DV: jax.Array  # untied from token_VD
+    head_DV: jax.Array | None  # untied from token_VD
     head_bias_V: jax.Array
     cfg: Config = eqx.field(static=True)
 
     def __init__(self, cfg, key):
         token_key, position_key, head_key, *block_keys = jax.random.split(key, 3 + cfg.layers)
         self.token_VD = normal(token_key, cfg.vocab_size, cfg.dim)
-        self.position_SD = normal(position_key, cfg.context, cfg.dim)
+        self.position_SD = None if cfg.rotary else normal(position_key, cfg.context, cfg.dim)
         self.blocks = [Block(cfg, key) for key in block_keys]
         self.norm = eqx.nn.LayerNorm(cfg.dim)
-        self.head_DV, self.head_bias_V = normal(head_key, cfg.dim, cfg.vocab_size), jnp.zeros(cfg.vocab_size)
+        self.head_DV = None if cfg.tied else normal(head_key, cfg.dim, cfg.vocab_size)
+        self.head_bias_V = jnp.zeros(cfg.vocab_size)
         self.cfg = cfg
 
     def trunk(self, tokens_BT, keys_B=None, cache=None, start=0):
@@ -160,8 +192,10 @@ class Decoder(eqx.Module):
 
         keys_B: one dropout key per row, when training. cache: from empty_cache, when sampling; `start` may be traced.
         """
-        position_TD = jax.lax.dynamic_slice_in_dim(self.position_SD, start, tokens_BT.shape[1])
-        x_BTD = dropout(self.token_VD[tokens_BT] + position_TD, fold_in(keys_B, len(self.blocks)), self.cfg.dropout)
+        x_BTD = self.token_VD[tokens_BT]
+        if not self.cfg.rotary:
+            x_BTD += jax.lax.dynamic_slice_in_dim(self.position_SD, start, tokens_BT.shape[1])
+        x_BTD = dropout(x_BTD, fold_in(keys_B, len(self.blocks)), self.cfg.dropout)
         caches = []
         for layer, block in enumerate(self.blocks):  # a Python loop: faster than a scan on CPU and TPU, and less memory
             x_BTD, filled = block(x_BTD, fold_in(keys_B, layer), cache and cache[layer], start)
@@ -170,7 +204,8 @@ class Decoder(eqx.Module):
 
     def to_logits(self, x):
         """x [..., D] -> float32 [..., V]"""
-        return jnp.matmul(x, self.head_DV, preferred_element_type=jnp.float32) + self.head_bias_V
+        head_DV = self.token_VD.T if self.cfg.tied else self.head_DV
+        return jnp.matmul(x, head_DV, preferred_element_type=jnp.float32) + self.head_bias_V
 
     def __call__(self, tokens_BT, keys_B=None, cache=None, start=0):
         """trunk, then the head: logits [B, T, V] and the cache."""

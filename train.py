@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.experimental import multihost_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
@@ -37,6 +38,11 @@ SIZES = {  # flags that a size sets, unless they are given
     "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=16, learning_rate=3e-3, steps=800),
     "small": dict(dim=384, heads=6, layers=6, context=1024, batch_size=32, learning_rate=1e-3, steps=10_000),
     "base": dict(dim=768, heads=12, layers=12, context=1024, batch_size=64, learning_rate=6e-4, steps=20_000),
+}
+RECIPES = {  # what the README compares; flags that a recipe sets, unless they are given
+    "default": dict(optimizer="adamw", windows="random", bos_share=0.1),
+    "original": dict(optimizer="adamw", windows="chunks", bos_share=0.0, learning_rate=1e-3),
+    "modern": dict(optimizer="muon", windows="random", bos_share=0.1, rotary=True, qk_norm=True, dropout=0.0),
 }
 DEVICES = {  # part of the name: peak dense bfloat16 TFLOP/s, memory in GiB, clock in GHz (for --compile_for)
     "TPU v2": (22.5, 8, 0.7), "TPU v3": (61.5, 16, 0.94), "TPU v4": (275, 32, 1.05), "TPU v5 lite": (197, 16, 1.5),
@@ -72,9 +78,14 @@ def make_parser():
     add = parser.add_argument_group("model (the size sets what you don't)").add_argument
     add("--size", choices=SIZES, help="default: tiny on CPU, base on GPU and TPU")
     for name in MODEL_FLAGS:
-        add(f"--{name}", type=type(getattr(Config, name)), help=f"reference: {getattr(Config, name)}")
+        reference = getattr(Config, name)
+        kind = {"action": argparse.BooleanOptionalAction} if reference is False else {"type": type(reference)}
+        add(f"--{name}", **kind, default=None, help=f"reference: {reference}")
 
     add = parser.add_argument_group("training").add_argument
+    add("--recipe", choices=RECIPES, default="default", help="modern: Muon, rotary positions, QK-norm, no dropout; "
+        "original: as TchAIkovsky was trained, to compare with")  # fmt: skip
+    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, and AdamW for the rest")
     add("--steps", type=int, help="optimizer steps")
     add("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result")
@@ -82,7 +93,8 @@ def make_parser():
     add("--warmup", type=int, help="steps; default: a tenth of them, 1000 at most")
     add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms, biases and embeddings")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--bos_share", type=float, default=0.1, help="share of windows that start where their piece starts")
+    add("--windows", choices=["random", "chunks"], help="start anywhere, or at multiples of --context in a piece")
+    add("--bos_share", type=float, help="share of windows that start where their piece starts")
     add("--precision", choices=["float32", "bfloat16"], help="of the computation; default: bfloat16 on GPU and TPU")
     add("--log_every", type=int, default=20, help="steps")
     add("--eval_every", type=int, help="steps; default: ten times a run")
@@ -116,9 +128,10 @@ def read_flags(argv):
     platform, capability = devices[0].platform, getattr(devices[0], "compute_capability", 0)
     fast_bfloat16 = platform == "tpu" or (platform == "gpu" and float(capability) >= 8)
     fused_attention = {"tpu": "splash", "gpu": "cudnn"}[platform] if fast_bfloat16 else "xla"
-    parser.set_defaults(precision="bfloat16" if fast_bfloat16 else "float32", dropout=Config.dropout)
+    parser.set_defaults(precision="bfloat16" if fast_bfloat16 else "float32")
+    parser.set_defaults(**dataclasses.asdict(Config()) | {"attention": None})
     size = args.size or ("tiny" if platform == "cpu" else "base")
-    parser.set_defaults(size=size, **SIZES[size])
+    parser.set_defaults(size=size, **SIZES[size] | RECIPES[args.recipe])
     try:
         if args.init_from:
             parser.set_defaults(**load(args.init_from)[1]["config"] | {"attention": None})
@@ -206,8 +219,9 @@ class Data:
         rng = np.random.default_rng((args.seed, step))
         starts = rng.integers(len(self.tokens["train"]) - args.context, size=args.batch_size)
         piece = np.searchsorted(self.starts["train"], starts, side="right") - 1
+        first = self.starts["train"][np.maximum(piece, 0)]
         snap = rng.random(args.batch_size) < args.bos_share  # else position 0 would hardly ever see BOS
-        starts = np.where(snap, self.starts["train"][np.maximum(piece, 0)], starts)
+        starts -= (starts - first) % args.context if args.windows == "chunks" else snap * (starts - first)
         return self.windows("train", starts, args.context + 1).reshape(args.accumulate, -1, args.context + 1)
 
 
@@ -222,13 +236,23 @@ REPLICATED, ROWS, MICRO_ROWS = PartitionSpec(), PartitionSpec("data"), Partition
 
 
 def make_optimizer(args):
-    """AdamW behind gradient clipping, and its schedule: linear warm-up, then a cosine down to a tenth."""
+    """Clipping, then AdamW or Muon (Jordan 2024, Liu et al. 2025); and the schedule: linear warm-up, cosine to a tenth."""
     warmup = min(args.warmup, args.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps, args.learning_rate / 10)
-    decayed = ("qkv_DE", "out_DD", "up_DF", "down_FD", "head_DV")
-    mask = lambda model: jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].name in decayed, model)
-    adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=args.weight_decay, mask=mask)
-    return optax.chain(optax.clip_by_global_norm(args.grad_clip), adamw), schedule
+    common = dict(learning_rate=schedule, weight_decay=args.weight_decay)
+    matrices = ("qkv_DE", "out_DD", "up_DF", "down_FD")
+    if args.optimizer == "muon":  # with updates as large as AdamW's, so that one learning rate serves both
+        of_matrices = choose(matrices, optax.contrib.MuonDimensionNumbers(), None)
+        adam = dict(adam_b1=0.9, adam_b2=0.95)
+        update = optax.contrib.muon(**common, **adam, consistent_rms=0.2, muon_weight_dimension_numbers=of_matrices)
+    else:
+        update = optax.adamw(**common, b1=0.9, b2=0.95, mask=choose([*matrices, "head_DV"], True, False))
+    return optax.chain(optax.clip_by_global_norm(args.grad_clip), update), schedule
+
+
+def choose(names, yes, no):
+    """A function of the model: its tree with `yes` in place of the weights that are named, `no` in place of others."""
+    return lambda model: jax.tree_util.tree_map_with_path(lambda path, _: yes if path[-1].name in names else no, model)
 
 
 def token_losses(model, tokens_BT, keys_B, precision):
@@ -488,7 +512,8 @@ def introduce(args, data, mesh, model):
 
 def flops_per_token(args, model):
     """Forward and backward, 6 N + 12 L D T (PaLM, appendix B); N leaves out the embedding tables."""
-    multiplied = parameter_count(model) - model.token_VD.size - model.position_SD.size
+    embeddings = [model.position_SD] if model.cfg.tied else [model.position_SD, model.token_VD]
+    multiplied = parameter_count(model) - parameter_count(embeddings)
     return 6 * multiplied + 12 * args.layers * args.dim * args.context
 
 
