@@ -127,7 +127,8 @@ def read_flags(argv):
 
     platform, capability = devices[0].platform, getattr(devices[0], "compute_capability", 0)
     fast_bfloat16 = platform == "tpu" or (platform == "gpu" and float(capability) >= 8)
-    fused_attention = {"tpu": "splash", "gpu": "cudnn"}[platform] if fast_bfloat16 else "xla"
+    has_kernel = fast_bfloat16 and devices[0].device_kind not in ("TPU v2", "TPU v3")  # too old for splash attention
+    fused_attention = {"tpu": "splash", "gpu": "cudnn"}[platform] if has_kernel else "xla"
     parser.set_defaults(precision="bfloat16" if fast_bfloat16 else "float32")
     parser.set_defaults(**dataclasses.asdict(Config()) | {"attention": None})
     size = args.size or ("tiny" if platform == "cpu" else "base")
