@@ -5,7 +5,7 @@
     python sample.py --prompt moon.mid --prompt_bars 8                 # go on where eight bars of a file end
     python sample.py --chords "Dm7 G7 C:4" --scale_lock "C major"      # go on from chords, on white keys only
 
-OUT receives index.html (open it: no network needed), a .mid file per piece, roll.png, and .wav files with --wav.
+OUT receives index.html (open it: no network needed), a .mid file per piece, and .wav files with --wav.
 Names end in their shape: B pieces, T tokens of a window, N tokens of a piece, V vocabulary, K kinds of token.
 """
 
@@ -15,9 +15,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import re
-import tempfile
 import time
 import wave
 from pathlib import Path
@@ -26,7 +24,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from miditok.constants import CHORD_MAPS
 from miditok.utils import get_bars_ticks
 from numpy.lib.stride_tricks import sliding_window_view
@@ -34,8 +31,6 @@ from symusic import ControlChange, Note, Score, Tempo, Track
 from tqdm import tqdm
 
 from model import Config, Decoder, empty_cache, load
-
-SAMPLE_RATE = 32_000  # of .wav files
 
 # Prompts take the very path of the training data. It is loaded from its file, under another name, because
 # `import tokenize` means the standard library's module.
@@ -50,13 +45,25 @@ CHORDS = {  # how people write a chord: miditok's name for it
 SCALES = {
     "major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "harmonic": (0, 2, 3, 5, 7, 8, 11),
     "dorian": (0, 2, 3, 5, 7, 9, 10), "pentatonic": (0, 2, 4, 7, 9), "blues": (0, 3, 5, 6, 7, 10),
-    "chromatic": tuple(range(12)),
 }  # fmt: skip
+
+
+def number(kind, low, high):
+    """What argparse calls a type: a number within limits."""
+
+    def read(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: not between {low} and {high}")
+
+    read.__name__ = kind.__name__
+    return read
 
 
 def parse_flags():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS)
+    count, seconds = number(int, 1, 10**6), number(float, 0.01, 10**6)
     flag = parser.add_argument
     flag("--run", type=Path, default="run", help="folder that train.py wrote (default: run)")
     flag("--data", type=Path, help="folder of the training data, to compare with (default: the one trained on)")
@@ -65,36 +72,29 @@ def parse_flags():
 
     flag = parser.add_argument_group("prompt: how pieces begin (default: out of nothing)").add_argument
     flag("--prompt", type=Path, metavar="FILE.mid", help="a MIDI file, whole unless one of the next three cuts it")
-    flag("--prompt_tokens", type=int, metavar="N", help="only its first N tokens")
-    flag("--prompt_seconds", type=float, metavar="S", help="only its first S seconds")
-    flag("--prompt_bars", type=int, metavar="N", help="only its first N bars, by its own time signatures")
+    flag("--prompt_tokens", type=count, metavar="N", help="only its first N tokens")
+    flag("--prompt_seconds", type=seconds, metavar="S", help="only its first S seconds")
+    flag("--prompt_bars", type=count, metavar="N", help="only its first N bars, by its own time signatures")
     flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; kinds: {" ".join(CHORDS)}')
     flag("--scale", help=f'one octave upwards: "D minor"; kinds: {" ".join(SCALES)}')
     flag("--motif", help='notes with lengths in beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
-    flag("--bpm", type=float, default=90, help="beats a minute of these three (default: 90)")
+    flag("--bpm", type=number(float, 10, 500), default=90, help="beats a minute of these three (default: 90)")
 
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--seeds", type=int, nargs="+", default=[0, 11, 255, 777], help="one piece each (default: 0 11 255 777)")
-    flag("--num_samples", type=int, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    flag("--temperatures", type=float, nargs="+", default=[0.9], help="every seed at each; 0: greedy (default: 0.9)")
-    flag("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
-    flag("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P (default: 1)")
-    flag("--min_p", type=float, default=0.0, metavar="P", help="leave out tokens under P x the likeliest (default: 0)")
-    flag("--max_tokens", type=int, default=1000, help="of new music, at the most (default: 1000)")
-    flag("--seconds", type=float, help="of new music, at the most")
-    flag("--window_drop", type=int, metavar="N", help="tokens forgotten when the context is full (default: half of it)")
+    seed, temperature = number(int, 0, 2**32 - 1), number(float, 0, 100)
+    flag("--seeds", type=seed, nargs="+", default=[0, 11, 255, 777], help="one piece each (default: 0 11 255 777)")
+    flag("--num_samples", type=count, metavar="N", help="instead of --seeds: seeds 0 to N-1")
+    flag("--temperatures", type=temperature, nargs="+", default=[0.9], help="each for every seed; 0: greedy (0.9)")
+    flag("--top_k", type=number(int, 0, 10**6), default=0, metavar="K", help="only the K likeliest tokens (0: all)")
+    flag("--top_p", type=number(float, 1e-6, 1), default=1.0, metavar="P", help="only the likeliest that sum to P (1)")
+    flag("--min_p", type=number(float, 0, 1), default=0.0, metavar="P", help="none under P x the likeliest (0)")
+    flag("--max_tokens", type=count, default=1000, help="of new music, at the most (default: 1000)")
+    flag("--seconds", type=seconds, help="of new music, at the most")
+    flag("--window_drop", type=count, metavar="N", help="tokens forgotten when the context is full (default: half of it)")
     flag("--scale_lock", metavar="SCALE", help='new notes from this scale only: "D minor"')
     flag("--only_generated", action="store_true", help="leave the prompt out of what is written")
 
     args = parser.parse_args()
-    at_least_1 = ["prompt_tokens", "prompt_bars", "num_samples", "max_tokens", "window_drop"]
-    limits = dict.fromkeys(at_least_1, (1, 10**6)) | dict.fromkeys(["prompt_seconds", "seconds"], (0.01, 10**6))
-    limits |= {"bpm": (10, 500), "seeds": (0, 2**32 - 1), "temperatures": (0, 100), "top_k": (0, 10**6)}
-    limits |= {"top_p": (1e-6, 1), "min_p": (0, 1)}
-    for name, (low, high) in limits.items():
-        for value in np.ravel(getattr(args, name)):
-            if value is not None and not low <= value <= high:
-                parser.error(f"--{name} {value}: not between {low} and {high}")
     if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
         parser.error("--prompt_tokens, --prompt_seconds and --prompt_bars cut a file: which one? --prompt FILE.mid")
     if args.prompt and (args.chords or args.scale or args.motif):
@@ -135,19 +135,26 @@ def scale(text):
     return [pitch_of(root) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
 
+def with_lengths(text, read, usual):
+    """ "G7 C:4", chord, 2 -> [([55, 59, 62, 65], 2), ([48, 52, 55], 4)]: pitches and beats of every word"""
+    steps = []
+    for word in text.split():
+        name, _, beats = word.partition(":")
+        if not 0.01 <= float(beats or usual) <= 64:
+            raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
+        steps.append((read(name), float(beats or usual)))
+    return steps
+
+
 def text_to_score(args):
-    """--chords, --motif and --scale, sounding together where several are given, as a Score."""
+    """--chords, --motif and --scale as a Score, sounding together where several are given."""
     score, track = Score(480), Track()
     score.tempos.append(Tempo(0, args.bpm))
-    upwards = " ".join(f"{pitch}:.5" for pitch in scale(args.scale)) if args.scale else ""
-    for text, read, usual_beats in ((args.chords, chord, 2), (args.motif, motif, 1), (upwards, lambda p: [int(p)], 1)):
+    upwards = [([pitch], 0.5) for pitch in scale(args.scale)] if args.scale else []
+    for voice in with_lengths(args.chords or "", chord, 2), with_lengths(args.motif or "", motif, 1), upwards:
         now = 0
-        for word in (text or "").split():
-            name, _, beats = word.partition(":")
-            beats = float(beats or usual_beats)
-            if not 0.01 <= beats <= 64:
-                raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
-            track.notes.extend(Note(round(480 * now), round(480 * beats), pitch, 72) for pitch in read(name))
+        for pitches, beats in voice:
+            track.notes.extend(Note(round(480 * now), round(480 * beats), pitch, 72) for pitch in pitches)
             now += beats
     score.tracks.append(track)
     return score
@@ -161,10 +168,9 @@ def read_prompt(args, tokenizer):
             if args.prompt_bars:
                 bar_lines = [*get_bars_ticks(score), score.end()]
                 score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
-            score = midi_tokenize.prepare(score, tokenizer)
+            score = first_seconds(midi_tokenize.prepare(score, tokenizer), args.prompt_seconds or math.inf)
         except ValueError as error:
             raise ValueError(f"--prompt {args.prompt}: {error}") from error
-        score = first_seconds(score, args.prompt_seconds or math.inf)
     elif args.chords or args.scale or args.motif:
         score = midi_tokenize.prepare(text_to_score(args), tokenizer)
     else:
@@ -178,9 +184,9 @@ def first_seconds(score, seconds):
     return score.clip(0, score.tracks[0].notes[count - 1].time + 1)
 
 
-def notes_of(score, first=0):
-    """Notes from number `first` on as arrays: time and duration in seconds, pitch, velocity."""
-    return {key: column[first:] for key, column in score.to("second").tracks[0].notes.numpy().items()}
+def notes_of(score):
+    """Notes as arrays: time and duration in seconds, pitch, velocity."""
+    return score.to("second").tracks[0].notes.numpy()
 
 
 # ---------------------------------------------------------------- the grammar of music, as a mask over tokens
@@ -228,23 +234,23 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
     after_V3 = np.full((len(vocabulary), 3), KEEP)
     for token, parts in enumerate(vocabulary):
         parts = [part.split("_") for part in parts]
-        path = [kind for kind, _ in parts]
-        fits = len(path) > 0 and set(path) < set(kinds) - {"BOS"}  # BPE has one token of nothing
-        fits = fits and all(after in graph[kind] for kind, after in zip(path, path[1:]))
-        now = [KEEP, KEEP]  # position and pitch
+        if not parts or parts[0][0] not in set(kinds) - {"BOS"}:  # BPE has one token of nothing
+            continue
+        position = pitch = KEEP
         for kind, value in parts:
             if kind == "Bar":
-                now = [-1, -1]
-            elif kind in ("Position", "Pitch"):
-                which, value = int(kind == "Pitch"), int(value)
-                if now[which] == KEEP:
-                    first_V2[token, which] = value
-                fits = fits and value > now[which]
-                fits = fits and (kind == "Position" or value % 12 in pitch_classes)
-                now = [now[0], value] if kind == "Pitch" else [value, -1]
-        if fits:
-            follows_KV[:, token] = [path[0] in graph[kind] for kind in kinds]
-            after_V3[token] = kinds.index(path[-1]), *now
+                position = pitch = -1
+            elif kind == "Position":
+                if position == KEEP:
+                    first_V2[token, 0] = value
+                position, pitch = int(value), -1
+            elif kind == "Pitch":
+                if pitch == KEEP:
+                    first_V2[token, 1] = value
+                pitch = int(value)
+        after_V3[token] = kinds.index(parts[-1][0]), position, pitch
+        in_scale = all(kind != "Pitch" or int(value) % 12 in pitch_classes for kind, value in parts)
+        follows_KV[:, token] = [in_scale and parts[0][0] in graph[kind] for kind in kinds]
     follows_KV[:, tokenizer["EOS_None"]] = ["Bar" in graph[kind] and kind != "BOS" for kind in kinds]
     return Grammar(*map(jnp.array, (follows_KV, first_V2, after_V3, [kinds.index("BOS"), -1, -1])))
 
@@ -288,6 +294,7 @@ class Music(NamedTuple):
 
     tokens_BN: jax.Array
     length: jax.Array
+    begin: jax.Array  # of the window that the model sees
     cache: list  # keys and values of the window, but for its last token
     state_B3: jax.Array  # where the grammar stands
     done_B: jax.Array
@@ -299,28 +306,20 @@ def read_window(model, tokens_BT, cache):
     return model.trunk(tokens_BT, cache=cache)[1]
 
 
-@functools.partial(jax.jit, static_argnames="keep", donate_argnames="music")
-def continue_music(model, grammar, music, steps, begin, keep, moved, keys_B, temperature_B, filters, eos):
-    """Add `steps` tokens to all pieces. What a row draws depends on its seed and its length alone.
-
-    The window begins at token `begin`. If it has moved there, the `keep` tokens still in it are read again, for they
-    stand at other positions now, and these are learned and part of all keys and values.
-    """
+@functools.partial(jax.jit, donate_argnames="music")
+def continue_music(model, grammar, music, steps, keys_B, temperature_B, filters, eos):
+    """Add `steps` tokens to all pieces. What a row draws depends on its seed and its length alone."""
 
     def add_token(_, music):
         last_B1 = jax.lax.dynamic_slice_in_dim(music.tokens_BN, music.length - 1, 1, axis=1)
-        logits_B1V, cache = model(last_B1, cache=music.cache, start=music.length - 1 - begin)
+        logits_B1V, cache = model(last_B1, cache=music.cache, start=music.length - 1 - music.begin)
         logits_BV = jnp.where(grammar.allows(music.state_B3), logits_B1V[:, 0], -jnp.inf)
         draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, music.length)
         token_B = jnp.where(music.done_B, eos, pick(logits_BV, draw_keys_B, temperature_B, filters))
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(music.tokens_BN, token_B[:, None], music.length, axis=1)
         state_B3 = grammar.step(music.state_B3, token_B)
-        return Music(tokens_BN, music.length + 1, cache, state_B3, music.done_B | (token_B == eos))
+        return Music(tokens_BN, music.length + 1, music.begin, cache, state_B3, music.done_B | (token_B == eos))
 
-    if keep:
-        window_BT = jax.lax.dynamic_slice_in_dim(music.tokens_BN, begin, keep, axis=1)
-        read = functools.partial(read_window, model, window_BT)
-        music = music._replace(cache=jax.lax.cond(moved, read, lambda cache: cache, music.cache))
     return jax.lax.fori_loop(0, steps, add_token, music)
 
 
@@ -328,42 +327,45 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
              is_enough=None, progress=False):  # fmt: skip
     """Continue `prompt` (ids, BOS first) for each seed and temperature; returns lists of ids and tokens per second.
 
-    The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are forgotten.
+    The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are forgotten, and the
+    others read again: they stand at other positions now, and these are learned and part of all keys and values.
     """
     rows, length, context = len(seeds), len(prompt), model.cfg.context
     total, drop = length + max_tokens, window_drop or context // 2
-    window_begin = lambda length: drop * max(0, math.ceil((length - context) / drop))
-    begin = window_begin(length)
+    begin = drop * max(0, math.ceil((length - context) / drop))
+    tokens_BN = np.full((rows, total), eos, np.int32)
+    tokens_BN[:, :length] = prompt
 
     slots = min(context, 64 * math.ceil(total / 64))  # a short piece needs no cache for a whole context
     cache = empty_cache(model.cfg, 1, model.token_VD.dtype, slots)
     if length - 1 > begin:
-        cache = read_window(model, jnp.array([prompt[begin:-1]]), cache)  # once, for all pieces begin alike
+        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)  # once, for all pieces begin alike
     state_3 = functools.reduce(grammar.step, prompt[1:], grammar.start_3)
-    tokens_BN = np.full((rows, total), eos, np.int32)
-    tokens_BN[:, :length] = prompt
-    repeat = lambda leaf: jnp.repeat(leaf[None], rows, axis=0)
-    cache = jax.tree.map(lambda leaf: repeat(leaf[0]), cache)
-    music = Music(jnp.array(tokens_BN), jnp.int32(length), cache, repeat(state_3), jnp.zeros(rows, bool))
+    cache, state_B3 = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), (cache, state_3[None]))
+    done_B = np.zeros(rows, bool)
+    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state_B3, jnp.array(done_B))
     keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     fixed = keys_B, np.array(temperatures, np.float32), filters, eos
-    keep = context - drop if total > context else 0
 
-    music = continue_music(model, grammar, music, 0, begin, keep, False, *fixed)  # compiles
+    music = continue_music(model, grammar, music, 0, *fixed)  # compiles
     started, written = time.perf_counter(), 0
     with tqdm(total=rows * max_tokens, unit=" tokens", desc="composing", disable=not progress) as bar:
-        while length < total and not np.all(done_B := np.asarray(music.done_B)):
-            moved = begin != (begin := window_begin(length))
+        while length < total and not done_B.all():
+            if length > begin + context:
+                begin += drop
+                cache = read_window(model, tokens_BN[:, begin : length - 1], music.cache)
+                music = music._replace(cache=cache, begin=jnp.int32(begin))
             steps = min(32, total - length, begin + context + 1 - length)
-            music = continue_music(model, grammar, music, steps, begin, keep, moved, *fixed)
+            music = continue_music(model, grammar, music, steps, *fixed)
             length += steps
-            tokens_BN = np.asarray(music.tokens_BN)
+            tokens_BN = np.array(music.tokens_BN)
             new = np.count_nonzero(np.cumsum(tokens_BN[~done_B, length - steps : length] == eos, axis=1) < 2)
             bar.update(new)
             written += new
             if is_enough:
                 enough_B = np.array([is_enough(row[1:length].tolist()) for row in tokens_BN])
                 music = music._replace(done_B=music.done_B | enough_B)
+            done_B = np.array(music.done_B)
     pieces = [row[1 : row.index(eos) if eos in row else None] for row in tokens_BN.tolist()]
     return pieces, float(written / (time.perf_counter() - started))
 
@@ -371,41 +373,33 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
 # ---------------------------------------------------------------- is it new, is it music?
 
 
+def intervals(pitches, boundary):
+    """Pitches as bytes -> semitones from each to the next, a byte each; `boundary` to and from pitch 255."""
+    steps = np.diff(np.frombuffer(pitches, np.uint8).astype(np.int16))
+    return np.where(abs(steps) < 100, steps, boundary).astype(np.int8).tobytes()
+
+
 def longest_copies(samples, train, tokenizer):
-    """How many successive notes of each sample (pitches), at the most, also stand in train (ids), in whatever key.
-
-    Compared are the steps between notes, one byte each; 8 of them make one number, so a copy has at least 9 notes.
-    BOS gets a "pitch" so far off that the step there is one of 127 semitones, which no sample has.
-    """
-    pitches = [[int(part[6:]) for part in parts if part.startswith("Pitch_")] for parts in base_tokens(tokenizer)]
-    pitches[tokenizer["BOS_None"]] = [1000]
-    steps_of = lambda pitches: np.diff(np.array(pitches, np.int16)).clip(-127, 127).astype(np.int8)
-    eights_of = lambda steps: np.ascontiguousarray(sliding_window_view(steps, 8)).view(np.int64)[:, 0]
-    samples = [steps_of(sample) for sample in samples]
-    wanted = np.unique(np.concatenate([eights_of(sample) for sample in samples if len(sample) >= 8] or [[]]))
-
-    known = []  # the few stretches of the training data that have 8 steps in common with a sample
-    for begin in range(0, len(train), 4_000_000):
-        steps = steps_of([pitch for token in train[begin : begin + 4_010_000].tolist() for pitch in pitches[token]])
-        starts = np.flatnonzero(np.isin(eights_of(steps), wanted)) if len(steps) >= 8 else []
-        is_known = np.zeros(len(steps) + 1, bool)
-        for offset in range(8):
-            is_known[starts + offset] = True
-        known.append(np.where(is_known[:-1], steps, 127)[is_known[:-1] | is_known[1:]].tobytes())
-    known = bytes([127]).join(known)
-
+    """How many successive notes of each sample (pitches), at the most, also stand in train (ids), in whatever key."""
+    pitches = [bytes(int(part[6:]) for part in parts if part.startswith("Pitch_")) for parts in base_tokens(tokenizer)]
+    pitches[tokenizer["BOS_None"]] = b"\xff"  # between two pieces
+    parts = np.array_split(train, len(train) // 10**6 + 1)  # as lists of Python's integers, ids are large
+    known = intervals(b"".join(pitches[token] for part in parts for token in part.tolist()), 127)
     longest = []
-    for sample in (sample.tobytes() for sample in samples):
-        length = 7
-        for begin in range(len(sample)):
-            while begin + length < len(sample) and sample[begin : begin + length + 1] in known:
+    for sample in samples:
+        steps, length = intervals(bytes(sample.tolist()), 126), 0
+        for begin in range(len(steps)):
+            while begin + length < len(steps) and steps[begin : begin + length + 1] in known:
                 length += 1
-        longest.append(length + 1 if length > 7 else 0)
+        longest.append(length + 1 if length else 0)
     return longest
 
 
+FIGURES = ["pitch-class entropy", "scale consistency", "polyphony", "notes a second", "groove"]
+
+
 def measure(notes):
-    """A piece's FIGURES but for copies; definitions of MusPy's metrics (Dong et al. 2020), density in notes a second.
+    """A piece's FIGURES, by the definitions of MusPy (Dong et al. 2020).
 
     Entropy is in bits; scale consistency the share of notes in the best major or minor scale; polyphony the number of
     notes that sound, while any does; groove consistency 1 - the share of sixteenths, of bars of 2 s, on which one of
@@ -424,11 +418,8 @@ def measure(notes):
     return entropy, max(in_scale), polyphony, len(start) / end.max(), groove
 
 
-FIGURES = ["longest copy", "pitch-class entropy", "scale consistency", "polyphony", "notes a second", "groove"]
-
-
 def compare(samples, folder, tokenizer):
-    """One line of FIGURES for each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
+    """One line about each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
     train, held_out = [], []
     try:
         facts = json.loads((folder / "meta.json").read_text())
@@ -440,15 +431,13 @@ def compare(samples, folder, tokenizer):
     except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"{folder}: no training data to compare with ({error}); name its folder with --data")
     longest = max(len(notes["time"]) for notes in samples)
-    pieces = samples + [{key: column[:longest] for key, column in notes.items()} for notes in held_out]
-    copies = longest_copies([notes["pitch"] for notes in pieces], train, tokenizer)
-    rows = [[n / len(notes["time"]), *measure(notes)] for n, notes in zip(copies, pieces)]
-    usual = np.mean(rows[len(samples) :], axis=0) if held_out else [math.nan] * len(FIGURES)
+    rows = [measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out]
+    usual = np.mean(rows, axis=0) if rows else [math.nan] * len(FIGURES)
     lines = []
-    for row, copied, notes in zip(rows, copies, samples):
-        figures = [f"{name} {value:.2f} ({mean:.2f})" for name, value, mean in zip(FIGURES, row, usual)]
-        figures[0] = f"longest copy {copied} of {len(notes['time'])} notes = {row[0]:.0%} ({usual[0]:.0%})"
-        lines.append(", ".join(figures))
+    for notes, copied in zip(samples, longest_copies([notes["pitch"] for notes in samples], train, tokenizer)):
+        figures = [f"{name} {own:.2f} ({mean:.2f})" for name, own, mean in zip(FIGURES, measure(notes), usual)]
+        count = len(notes["time"])
+        lines.append(", ".join([f"longest copy {copied} of {count} notes = {copied / count:.0%}", *figures]))
     return lines
 
 
@@ -466,6 +455,9 @@ def pedal_to_controls(score):
         for pedal in track.pedals:
             track.controls.extend([ControlChange(pedal.time, 64, 127), ControlChange(pedal.end, 64, 0)])
     return score
+
+
+SAMPLE_RATE = 32_000  # of .wav files
 
 
 @functools.cache
@@ -497,188 +489,124 @@ def write_wav(path, notes):
         file.writeframes((sound * 29_000 / np.abs(sound).max()).astype("<i2").tobytes())
 
 
-def write_roll(path, notes, prompt_end):
-    """A picture for READMEs: pitch over seconds, loudness as colour, the prompt shaded."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="seconds", yticks=range(24, 109, 12), yticklabels=[f"C{i}" for i in range(1, 9)])
-    ends = notes["time"] + notes["duration"]
-    axes.hlines(notes["pitch"], notes["time"], ends, lw=3, array=notes["velocity"], cmap="magma_r", clim=(0, 127))
-    axes.axvspan(0, prompt_end, color="0.9", zorder=0)
-    axes.set(xlim=(0, ends.max()), ylim=(notes["pitch"].min() - 3, notes["pitch"].max() + 3))
-    figure.savefig(path, dpi=120)
-
-
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <title>TchAIkovsky</title>
 <style>
-  body { margin: 0 auto; padding: 24px; max-width: 1500px; background: #0d0f16; color: #9aa2bd }
-  body { font: 14px/1.5 system-ui, sans-serif }
-  h1, b { margin: 0; color: #fff; font-weight: 600 }
+  body { margin: 24px; background: #0d0f16; color: #9aa2bd; font: 14px/1.5 system-ui, sans-serif }
   header { position: sticky; top: 0; z-index: 1; padding: 10px 0; background: #0d0f16 }
-  header { display: flex; align-items: center; gap: 16px }
-  button { width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; cursor: pointer }
-  button { color: #fff; font-size: 18px }
-  input { flex: 1; accent-color: #f0608e }
-  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px }
-  section { padding: 12px; border: 1px solid #232838; border-radius: 14px; background: #11141d }
-  section.current { grid-column: 1 / -1; order: -1; border-color: #f0608e }
-  canvas { display: block; width: 100%; height: 90px; border-radius: 8px; background: #141722; cursor: pointer }
-  .current canvas { height: 48vh }
-  p { margin: 8px 0 0 }
+  button { width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; color: #fff; font-size: 18px }
+  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); gap: 16px }
+  section { min-width: 0; padding: 12px; border: 1px solid #232838; border-radius: 14px }
+  .current { border-color: #f0608e }
+  .roll { position: relative; overflow-x: auto; background: #141722; cursor: pointer }
+  svg { display: block; min-width: 100%; height: 264px }  /* 88 keys of 3 pixels; the stripes are the black ones */
+  svg { background: linear-gradient(#0000 6px, #0d0f16 0 9px, #0000 0 12px, #0d0f16 0 15px, #0000 0 18px, #0d0f16 0 21px,
+    #0000 0 27px, #0d0f16 0 30px, #0000 0 33px, #0d0f16 0 36px) 0 0 / 1px 36px }
+  .now { position: absolute; top: 0; left: -1px; width: 2px; height: 264px; background: #fff }
+  b { color: #fff }
 </style>
-<h1>TchAIkovsky</h1>
-<header>
-  <button id="button" title="space bar"></button> <input id="slider" type="range" step="any"> <span id="clock"></span>
-</header>
-<main></main>
-<p>Space bar: play and pause. A click on a piece goes there. Colour is loudness, the shaded part the prompt.
-In brackets: the same figure of held-out pieces.</p>
+<header><button title="space bar">&#9654;</button> <span>Space bar: play and pause. A click on a piece plays from there.
+  Colour is loudness, the shaded part the prompt. In brackets: the same figure of held-out pieces.</span></header>
+<main><!--PIECES--></main>
 <script>
-// a piece: {name, figures, promptEnd, notes: [[start in seconds, length, pitch, velocity], ...]}
-const pieces = /*PIECES*/;
-const VIEW = 12, LEFT = 3;        // seconds that the current piece shows, and how many of them lie before now
-const [button, slider, clock] = ["button", "slider", "clock"].map(id => document.getElementById(id));
-const player = {piece: pieces[0], playing: false, from: 0, startedAt: 0, next: 0, audio: null, bus: null};
+const button = document.querySelector("button"), sections = [...document.querySelectorAll("section")];
+let current = sections[0], audio, output, tones, startedAt, next;  // next: the first note that has not been struck yet
+const time = () => audio ? Math.max(0, audio.currentTime - startedAt) : 0;
 
-function firstNote(piece, time) { // index of the first note that starts at `time` or later, by halving
-  let low = 0, high = piece.notes.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (piece.notes[middle][0] < time) low = middle + 1; else high = middle;
-  }
-  return low;
+for (const section of sections) {
+  const numbers = ["x", "width", "y", "data-velocity"];
+  section.notes = [...section.querySelectorAll(".note")].map(note => numbers.map(name => +note.getAttribute(name)));
+  section.svg = section.querySelector("svg");
+  section.end = section.svg.viewBox.baseVal.width;                 // in seconds
+  section.svg.onclick = event => play(section, event.offsetX / section.svg.clientWidth * section.end);
 }
 
-function draw(piece) {            // the current piece around now, another one as a whole
-  const current = piece == player.piece, now = time(), {canvas, lowest, highest} = piece;
-  const from = current ? now - LEFT : 0, span = current ? VIEW : piece.end;
-  const width = canvas.width = canvas.clientWidth * devicePixelRatio;
-  const height = canvas.height = canvas.clientHeight * devicePixelRatio;
-  const g = canvas.getContext("2d"), row = height / (highest - lowest + 1);
-  const x = time => (time - from) / span * width, y = pitch => (highest - pitch) * row;
-  for (let pitch = lowest; pitch <= highest; pitch++) {
-    g.fillStyle = [1, 3, 6, 8, 10].includes(pitch % 12) ? "#10121b" : pitch % 12 == 0 ? "#1b2030" : "#141722";
-    g.fillRect(0, y(pitch), width, row);
-  }
-  g.fillStyle = "#ffffff14";
-  g.fillRect(x(0), 0, x(piece.promptEnd) - x(0), height);
-  piece.drawn = 0;
-  for (let i = firstNote(piece, from - piece.longest); i < piece.notes.length && piece.notes[i][0] < from + span; i++) {
-    const [start, length, pitch, velocity] = piece.notes[i], sounds = current && start <= now && now < start + length;
-    if (start + length < from) continue;
-    g.fillStyle = `hsl(${190 + velocity * 1.3} 85% ${sounds ? 90 : 46 + velocity / 6}%)`;
-    g.fillRect(x(start), y(pitch) + row * 0.1, Math.max(2, length / span * width - 1), Math.max(2, row * 0.8));
-    piece.drawn++;
-  }
-  if (current) {
-    g.fillStyle = "#fff";
-    g.fillRect(x(now), 0, devicePixelRatio, height);
-    g.font = `${12 * devicePixelRatio}px system-ui`;
-    for (let octave = Math.ceil(lowest / 12); octave * 12 <= highest; octave++)
-      g.fillText("C" + (octave - 1), 6, y(octave * 12) + row);
-    const minutes = seconds => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
-    clock.textContent = `${minutes(now)} / ${minutes(piece.end)}`;
-    slider.value = now;
-  }
+function play(section, from) {
+  audio?.close();                                                  // silences all that was to sound
+  audio = new AudioContext();
+  audio.onstatechange = () => button.textContent = audio.state == "running" ? "\\u275a\\u275a" : "\\u25b6";
+  output = new DynamicsCompressorNode(audio);
+  output.connect(audio.destination);
+  tones = [2.2, 1.9, 1.6, 1.3].map(steep => {                      // the louder, the more of the upper partials
+    const partials = Float32Array.from({length: 16}, (_, k) => k && Math.abs(Math.sin(k / 2.64)) / k ** steep);
+    return audio.createPeriodicWave(new Float32Array(16), partials);
+  });
+  current.classList.remove("current");
+  current = section;
+  current.classList.add("current");
+  startedAt = 0.1 - from;
+  next = section.notes.filter(([start]) => start < from).length;
 }
 
-function frame() {
-  if (time() > player.piece.end + 1) go(player.piece, 0, false);
-  draw(player.piece);
-  if (player.playing) requestAnimationFrame(frame);
-}
-
-function strike([start, length, pitch, velocity]) {
-  const {audio, bus, tones} = player, begin = Math.max(audio.currentTime, player.startedAt + start);
+function strike([start, length, y, velocity]) {
+  const pitch = 108 - y, frequency = 440 * 2 ** ((pitch - 69) / 12), begin = Math.max(audio.currentTime, startedAt + start);
   const loud = 0.3 * (velocity / 127) ** 1.6, ring = 1.6 * 2 ** ((60 - pitch) / 24);
-  const frequency = 440 * 2 ** ((pitch - 69) / 12), periodicWave = tones[velocity >> 5];
-  const string = new OscillatorNode(audio, {frequency, periodicWave});
+  const string = new OscillatorNode(audio, {frequency, periodicWave: tones[velocity >> 5]});
   const volume = new GainNode(audio, {gain: 0});
   volume.gain.setValueAtTime(0, begin);
   volume.gain.linearRampToValueAtTime(loud, begin + 0.004);
   volume.gain.setTargetAtTime(loud * 0.4, begin + 0.004, ring * 0.12);
   volume.gain.setTargetAtTime(0, begin + ring * 0.3, ring);
   volume.gain.setTargetAtTime(0, begin + length, 0.08);
-  string.connect(volume).connect(new StereoPannerNode(audio, {pan: (pitch - 64) / 60})).connect(bus);
+  string.connect(volume).connect(new StereoPannerNode(audio, {pan: (pitch - 64) / 60})).connect(output);
   string.start(begin);
   string.stop(begin + Math.min(length, 6 * ring) + 0.6);
 }
 
-function schedule() {             // strike what is due within 1.5 s: timers of a hidden page are slow
-  if (!player.playing) return;
-  const due = firstNote(player.piece, time() + 1.5);
-  while (player.next < due) strike(player.piece.notes[player.next++]);
-  player.timer = setTimeout(schedule, 250);
+setInterval(() => {                                                // strikes ahead: timers of a hidden page are slow
+  while (audio && next < current.notes.length && current.notes[next][0] < time() + 1.5) strike(current.notes[next++]);
+  if (time() > current.end + 1) audio.suspend();
+}, 50);
+
+function frame() {
+  const roll = current.svg.parentElement, x = time() / current.end * current.svg.clientWidth;
+  roll.lastElementChild.style.transform = `translateX(${x}px)`;
+  if (audio?.state == "running") roll.scrollLeft = x - roll.clientWidth / 4;
+  requestAnimationFrame(frame);
 }
 
-function time() {
-  return player.playing ? Math.max(player.from, player.audio.currentTime - player.startedAt) : player.from;
-}
-
-function go(piece, seconds, playing) {
-  clearTimeout(player.timer);
-  if (player.playing) player.bus.disconnect();  // silences all that was scheduled
-  const before = player.piece;
-  const from = Math.min(Math.max(0, seconds), piece.end);
-  Object.assign(player, {piece, playing, from, next: firstNote(piece, from)});
-  for (const other of pieces) other.section.classList.toggle("current", other == piece);
-  button.textContent = playing ? "\\u275a\\u275a" : "\\u25b6";
-  slider.max = piece.end;
-  if (playing) {
-    const audio = player.audio ??= new AudioContext();
-    player.tones ??= [2.2, 1.9, 1.6, 1.3].map(steep => {  // the louder, the more of the upper partials
-      const partials = Array.from({length: 16}, (_, k) => k && Math.abs(Math.sin(k / 2.64)) / k ** steep);
-      return audio.createPeriodicWave(new Float32Array(16), new Float32Array(partials));
-    });
-    player.bus = new DynamicsCompressorNode(audio);
-    player.bus.connect(audio.destination);
-    player.startedAt = audio.currentTime + 0.05 - player.from;
-    audio.resume();
-    schedule();
-    requestAnimationFrame(frame);
-  }
-  if (before != piece) draw(before);
-  draw(piece);
-}
-
-for (const piece of pieces) {
-  piece.end = Math.max(...piece.notes.map(([start, length]) => start + length));
-  piece.longest = Math.max(...piece.notes.map(note => note[1]));
-  piece.lowest = Math.min(...piece.notes.map(note => note[2])) - 3;
-  piece.highest = Math.max(...piece.notes.map(note => note[2])) + 3;
-  piece.section = document.querySelector("main").appendChild(document.createElement("section"));
-  piece.section.innerHTML = "<canvas></canvas><p><b></b> <span></span></p>";
-  piece.section.querySelector("b").textContent = piece.name;
-  piece.section.querySelector("span").textContent = piece.figures;
-  piece.canvas = piece.section.querySelector("canvas");
-  piece.canvas.onclick = event => {
-    const share = event.offsetX / piece.canvas.clientWidth;
-    if (piece == player.piece) go(piece, time() - LEFT + share * VIEW, player.playing);
-    else go(piece, share * piece.end, true);
-  };
-}
-button.onclick = () => { go(player.piece, time(), !player.playing); button.blur(); };
-slider.oninput = () => go(player.piece, +slider.value, player.playing);
+button.onclick = () => {
+  if (!audio || time() > current.end) play(current, 0);
+  else if (audio.state == "running") audio.suspend();
+  else audio.resume();
+};
 onkeydown = event => { if (event.code == "Space") { event.preventDefault(); button.onclick(); } };
-onresize = () => pieces.forEach(draw);
-go(pieces[0], 0, false);
-onresize();
+frame();
 </script>
 """
 
 
-def write_page(path, pieces, prompt_ends, figures):
-    """The page with all pieces on it."""
-    data = []
-    for (name, _, notes, _), prompt_end, line in zip(pieces, prompt_ends, figures):
-        columns = [column.round(3).tolist() for column in map(np.float64, notes.values())]
-        data.append({"name": name, "figures": line, "promptEnd": float(prompt_end), "notes": list(zip(*columns))})
-    path.write_text(PAGE.replace("/*PIECES*/", json.dumps(data, separators=(",", ":"))), encoding="utf-8")
+def write_page(path, pieces, figures):
+    """The page with all pieces on it, as SVG: x in seconds, a row per key."""
+    sections = []
+    for piece, line in zip(pieces, figures):
+        end = (piece.notes["time"] + piece.notes["duration"]).max()
+        prompt_end = piece.notes["time"][piece.given] if piece.given else 0
+        bars = [
+            f'<rect class="note" x="{time:.3f}" y="{108 - pitch}" width="{duration:.3f}" height="1" '
+            f'data-velocity="{velocity}" fill="hsl({190 + 1.3 * velocity:.0f} 85% {46 + velocity / 6:.0f}%)"/>'
+            for time, duration, pitch, velocity in zip(*piece.notes.values())
+        ]
+        sections.append(
+            f'<section><div class="roll"><svg viewBox="0 0 {end:.3f} 88" width="{40 * end:.0f}" preserveAspectRatio="none">'
+            f'<rect class="prompt" width="{prompt_end:.3f}" height="88" fill="#fff2"/>{"".join(bars)}</svg>'
+            f'<div class="now"></div></div><b>{piece.name}</b> {line}</section>'
+        )
+    path.write_text(PAGE.replace("<!--PIECES-->", "\n".join(sections)), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the steps, in order
+
+
+class Piece(NamedTuple):
+    """One of the grid, ready to be written."""
+
+    name: str
+    score: Score
+    notes: dict
+    given: int  # how many of its first notes are the prompt's
 
 
 def load_run(folder):
@@ -701,6 +629,32 @@ def load_run(folder):
     return jax.tree.map(lambda leaf: jnp.array(leaf, dtype), model), tokenizer, facts
 
 
+def compose(args, model, tokenizer, prompt, grammar):
+    """The whole grid of seeds and temperatures: those Pieces that have new notes, and the tokens per second."""
+    onsets = notes_of(to_score(prompt, tokenizer))["time"] if prompt else np.zeros(1)  # of the prompt, in seconds
+    limit = onsets[-1] + (args.seconds or math.inf)
+    is_enough = lambda ids: tokenizer.decode([ids]).to("second").end() > limit
+    seeds = range(args.num_samples) if args.num_samples else args.seeds
+    grid = [(seed, temperature) for seed in seeds for temperature in args.temperatures]
+    all_ids, tokens_per_second = generate(
+        model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
+        (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None, progress=True,
+    )  # fmt: skip
+    pieces = []
+    for (seed, temperature), ids in zip(grid, all_ids):
+        name = f"seed {seed}, temperature {temperature:g}"
+        given = len(onsets) if prompt and not args.only_generated else 0
+        try:
+            score = to_score(ids[len(prompt) if args.only_generated else 0 :], tokenizer)
+            score = first_seconds(score, limit - onsets[-1] * args.only_generated)
+            if score.note_num() == given:
+                raise ValueError("no new note")
+            pieces.append(Piece(name, score, notes_of(score), given))
+        except ValueError as error:
+            print(f"{name}: not written: {error}")
+    return pieces, tokens_per_second
+
+
 def main():
     parser, args = parse_flags()
     try:
@@ -713,49 +667,22 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    onsets = notes_of(to_score(prompt, tokenizer))["time"] if prompt else np.zeros(1)  # of the prompt, in seconds
-    limit = onsets[-1] + (args.seconds or math.inf)
-    seeds = range(args.num_samples) if args.num_samples else args.seeds
-    grid = [(seed, temperature) for seed in seeds for temperature in args.temperatures]
-    all_ids, tokens_per_second = generate(
-        model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
-        (args.top_k, args.top_p, args.min_p), args.window_drop,
-        args.seconds and (lambda ids: tokenizer.decode([ids]).to("second").end() > limit), progress=True,
-    )  # fmt: skip
-
-    pieces = []
-    for (seed, temperature), ids in zip(grid, all_ids):
-        name = f"seed {seed}, temperature {temperature:g}"
-        given = 0 if args.only_generated or not prompt else len(onsets)
-        try:
-            score = to_score(ids[len(prompt) if args.only_generated else 0 :], tokenizer)
-            score = first_seconds(score, limit - onsets[-1] * args.only_generated)
-            if score.note_num() == given:
-                raise ValueError("no new note")
-            pieces.append((name, score, notes_of(score), given))
-        except ValueError as error:
-            print(f"{name}: not written: {error}")
+    pieces, tokens_per_second = compose(args, model, tokenizer, prompt, grammar)
     if not pieces:
         parser.error("nothing was composed; try other --seeds or more --max_tokens")
-    new = [{key: column[given:] for key, column in notes.items()} for _, _, notes, given in pieces]
+    new = [{key: column[piece.given :] for key, column in piece.notes.items()} for piece in pieces]
     figures = compare(new, args.data or Path(facts.get("data", "data")), tokenizer)
-    for (name, *_), line in zip(pieces, figures):
-        print(f"{name}: {line}")
 
-    with tempfile.TemporaryDirectory(prefix=".composing-", dir=args.out) as folder:  # so that files appear whole
-        folder = Path(folder)
-        for name, score, notes, _ in tqdm(pieces, "writing", unit=" pieces"):
-            path = folder / f"{name.replace(', ', '_').replace(' ', '')}.mid"
-            pedal_to_controls(score).dump_midi(path)
-            if args.wav:
-                write_wav(path.with_suffix(".wav"), notes)
-        prompt_ends = [notes["time"][given] if given else 0 for _, _, notes, given in pieces]
-        write_roll(folder / "roll.png", pieces[0][2], prompt_ends[0])
-        write_page(folder / "index.html", pieces, prompt_ends, figures)
-        paths = sorted(folder.iterdir())
-        for path in paths:
-            os.replace(path, args.out / path.name)
-    print(f"tokens_per_second={tokens_per_second:.1f}", *(args.out / path.name for path in paths), sep="\n")
+    paths = [args.out / "index.html"]
+    write_page(paths[0], pieces, figures)
+    for piece, line in zip(pieces, figures):
+        print(f"{piece.name}: {line}")
+        paths.append(args.out / f"{piece.name.replace(', ', '_').replace(' ', '')}.mid")
+        pedal_to_controls(piece.score).dump_midi(paths[-1])
+        if args.wav:
+            paths.append(paths[-1].with_suffix(".wav"))
+            write_wav(paths[-1], piece.notes)
+    print(f"tokens_per_second={tokens_per_second:.1f}", *paths, sep="\n")
 
 
 if __name__ == "__main__":

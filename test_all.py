@@ -1770,7 +1770,7 @@ def test_sample_longest_copy_is_found_in_any_key(sample_tokenizer):
     copied = np.concatenate([new[:20], first[100:137] + 5, new[20:]])
     across = np.concatenate([first[-20:], second[:15]])  # over the end of a piece: two passages, not one
     found = sample.longest_copies([copied, new, across, new[:3]], train, sample_tokenizer)
-    assert 37 <= found[0] <= 38 and found[1:] == [0, 20, 0]
+    assert 37 <= found[0] <= 38 and found[1] < 5 and found[2] == 20 and found[3] < 4  # a few are chance
 
 
 def test_sample_figures_follow_their_definitions():
@@ -1792,7 +1792,7 @@ def test_sample_as_a_user(tmp_path, monkeypatch, capsys, sample_run):
     assert "tokens_per_second=" in printed and "index.html" in printed and "longest copy" in printed
     names = {path.name for path in (tmp_path / "out").iterdir()}
     grid = [f"seed{seed}_temperature{temperature}" for seed in (0, 11) for temperature in (0.9, 1.1)]
-    assert names == {"index.html", "roll.png"} | {f"{name}{suffix}" for name in grid for suffix in (".mid", ".wav")}
+    assert names == {"index.html"} | {f"{name}{suffix}" for name in grid for suffix in (".mid", ".wav")}
     begin = sample.notes_of(Score(tmp_path / "out" / f"{grid[0]}.mid"))
     given = [note for note in etude_notes(etude_file) if note[0] < 6]
     assert [(round(t, 3), p) for t, p in zip(begin["time"], begin["pitch"])][: len(given)] == given
@@ -1929,48 +1929,57 @@ def random_piece(count, seconds, seed=0):
 
 def test_sample_page_in_a_real_browser(tmp_path, browser):
     short, long = random_piece(100, 60), random_piece(10_000, 1200, seed=1)
-    pieces = [("short", None, short, 30), ("long", None, long, 0)]
-    sample.write_page(tmp_path / "index.html", pieces, [short["time"][30], 0], ["first line", "second line"])
+    short["velocity"][:2] = 20, 120
+    pieces = [sample.Piece("short", None, short, 30), sample.Piece("long", None, long, 0)]
+    sample.write_page(tmp_path / "index.html", pieces, ["first line", "second line"])
     browser.call("POST", "/url", {"url": (tmp_path / "index.html").as_uri()})
-    state = lambda: browser.run("return [time(), player.playing, player.piece.name]")
-    # every note is drawn: all of the piece in the overview, all that the window holds in the close view
-    assert browser.run("return pieces.map(piece => piece.notes.length)") == [100, 10_000]
-    assert browser.run("return pieces[1].drawn") == 10_000
-    visible = np.count_nonzero((short["time"] < 9) & (short["time"] + short["duration"] >= -3))
-    assert browser.run("return pieces[0].drawn") == visible > 0
-    pixels = "const d = pieces[0].canvas.getContext('2d').getImageData(0, 0, pieces[0].canvas.width, 100).data; return d.some(v => v > 200)"
-    assert browser.run(pixels)
-    assert "first line" in browser.run("return document.body.innerText")
 
-    assert state() == [0, False, "short"]
+    # every note is drawn where and as long as it sounds, its velocity as its colour; the prompt is shaded
+    assert browser.run("return sections.map(section => section.querySelectorAll('.note').length)") == [100, 10_000]
+    box = "const box = selector => sections[0].querySelector(selector).getBoundingClientRect();"
+    left, width = browser.run(box + "return [box('.note').left - box('svg').left, box('.note').width]")
+    assert left == pytest.approx(40 * short["time"][0], abs=1) and width == pytest.approx(40 * short["duration"][0], abs=1)
+    assert browser.run(box + "return box('.prompt').width") == pytest.approx(40 * short["time"][30], abs=1)
+    quiet, loud = browser.run("return [0, 1].map(i => getComputedStyle(sections[0].querySelectorAll('.note')[i]).fill)")
+    assert quiet != loud and "rgb" in quiet
+    assert "first line" in browser.run("return document.body.innerText")
+    assert browser.run("return sections[1].notes[9999]") == pytest.approx(
+        [long["time"][-1], long["duration"][-1], 108 - long["pitch"][-1], long["velocity"][-1]], abs=1e-3
+    )
+
+    state = lambda: browser.run("return [time(), audio?.state, sections.indexOf(current)]")
+    assert state() == [0, None, 0]
     browser.click("button")
     time.sleep(1.5)
-    now, playing, _ = state()
-    assert playing and 0.5 < now < 10
-    expected = np.searchsorted(short["time"], now)
-    assert browser.run("return player.next") >= expected > 0  # notes were struck
+    now, sound, _ = state()
+    assert sound == "running" and 0.5 < now < 10
+    struck, due = browser.run("return [next, current.notes.filter(([start]) => start < time()).length]")
+    assert struck >= due > 0
     browser.press_space()
+    time.sleep(0.3)
     paused = state()
     time.sleep(0.3)
-    assert not paused[1] and state() == paused
+    assert paused[1] == "suspended" and state() == paused
     browser.press_space()
-    assert state()[1]
-    browser.press_space()
-    browser.run("slider.value = 30; slider.dispatchEvent(new Event('input'))")
-    assert state() == [30, False, "short"]
-    browser.click("section.current canvas", share=0.75)  # 12 s are shown, now stands a quarter in
-    assert abs(state()[0] - 36) < 0.2
+    time.sleep(0.3)
+    assert state()[0] > paused[0] and state()[1] == "running"
 
-    browser.click("section:not(.current) canvas", share=0.5)
-    now, playing, name = state()
-    assert playing and name == "long" and 590 < now < 620
+    where = "const {left, width} = sections[1].querySelector('.roll').getBoundingClientRect();"
+    browser.click("section:nth-of-type(2) .roll", share=0.5)  # what can be seen of it are its first seconds
+    now, sound, which = state()
+    assert which == 1 and abs(now - browser.run(where + "return width / 2 / 40")) < 0.5
     counted = "let n = 0, t = performance.now(); const f = () => { if (++n < 60) requestAnimationFrame(f); else done([n, performance.now() - t]) };"
     frames, taken = browser.call("POST", "/execute/async", {"script": "const done = arguments[0];" + counted + "f()", "args": []})
-    drawing = browser.run("const t = performance.now(); for (let i = 0; i < 100; i++) draw(player.piece); return (performance.now() - t) / 100")
-    print(f"10,000 notes: {drawing:.2f} ms to draw a frame, {1000 * frames / taken:.0f} frames/s while playing")
-    assert 0 < browser.run("return player.piece.drawn") < 400  # only what is in view
+    print(f"10,000 notes: {1000 * frames / taken:.0f} frames/s while playing")
+    assert 1000 * frames / taken > 20
+    browser.run("play(sections[1], 1000)")
+    time.sleep(0.5)
+    assert 1000 < state()[0] < 1002 and browser.run("return sections[1].querySelector('.roll').scrollLeft") > 39_000
+    browser.run("play(sections[1], sections[1].end - 0.1)")
+    time.sleep(2)
+    assert state()[1] == "suspended"
     assert [entry for entry in browser.call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []
-    assert "http" not in (tmp_path / "index.html").read_text().replace("http-equiv", "")  # nothing from elsewhere
+    assert "http" not in (tmp_path / "index.html").read_text()  # nothing from elsewhere
 
 
 def bench_sample(tokens=250):
