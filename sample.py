@@ -90,7 +90,8 @@ def parse_flags():
     flag("--min_p", type=number(float, 0, 1), default=0.0, metavar="P", help="none under P x the likeliest (0)")
     flag("--max_tokens", type=count, default=1000, help="of new music, at the most (default: 1000)")
     flag("--seconds", type=seconds, help="of new music, at the most")
-    flag("--window_drop", type=count, metavar="N", help="tokens forgotten when the context is full (default: half of it)")
+    flag("--window_drop", type=count, metavar="N", help="tokens forgotten when the context is full "
+        "(default: half of it; with rotary positions always 1)")  # fmt: skip
     flag("--scale_lock", metavar="SCALE", help='new notes from this scale only: "D minor"')
     flag("--only_generated", action="store_true", help="leave the prompt out of what is written")
 
@@ -329,6 +330,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
 
     The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are forgotten, and the
     others read again: they stand at other positions now, and these are learned and part of all keys and values.
+    With rotary positions, which are relative, each new token takes the place of the oldest and nothing is read again.
     """
     rows, length, context = len(seeds), len(prompt), model.cfg.context
     total, drop = length + max_tokens, window_drop or context // 2
@@ -351,11 +353,13 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
     started, written = time.perf_counter(), 0
     with tqdm(total=rows * max_tokens, unit=" tokens", desc="composing", disable=not progress) as bar:
         while length < total and not done_B.all():
-            if length > begin + context:
+            if length > begin + context and not model.cfg.rotary:
                 begin += drop
                 cache = read_window(model, tokens_BN[:, begin : length - 1], music.cache)
                 music = music._replace(cache=cache, begin=jnp.int32(begin))
-            steps = min(32, total - length, begin + context + 1 - length)
+            steps = min(32, total - length)
+            if not model.cfg.rotary:
+                steps = min(steps, begin + context + 1 - length)
             music = continue_music(model, grammar, music, steps, *fixed)
             length += steps
             tokens_BN = np.array(music.tokens_BN)

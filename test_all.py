@@ -916,6 +916,14 @@ def test_a_token_changes_its_own_logits_and_no_earlier_ones():
     assert (np.abs(before - after)[9:].max(axis=-1) > 1e-4).all()
 
 
+def sliding_attention(q, k, v, kind, window=32):
+    """Attention to the last `window` tokens alone, by its formula."""
+    age = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])
+    bias = np.where((0 <= age) & (age < window), 0, -np.inf)
+    weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1]) + bias)
+    return jnp.einsum("bhts,bshk->bthk", weights, v)
+
+
 def test_a_ring_of_keys_and_values_equals_attention_to_the_last_context_tokens(monkeypatch):
     """With rotary positions, token after token through a full cache = one forward pass with a sliding window."""
     decoder = jax.tree.map(lambda leaf: 3 * leaf, model.Decoder(MODERN, jax.random.key(0)))
@@ -925,14 +933,8 @@ def test_a_ring_of_keys_and_values_equals_attention_to_the_last_context_tokens(m
         logits, cache = step(tokens[:, position : position + 1], cache, position)
         stepwise.append(logits[:, 0])
 
-    def sliding(q, k, v, kind):
-        age = np.arange(50)[:, None] - np.arange(50)
-        bias = np.where((0 <= age) & (age < MODERN.context), 0, -np.inf)
-        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(8) + bias)
-        return jnp.einsum("bhts,bshk->bthk", weights, v)
-
     unlimited = decoder(tokens)[0]
-    monkeypatch.setattr(model, "causal_attention", sliding)
+    monkeypatch.setattr(model, "causal_attention", functools.partial(sliding_attention, window=MODERN.context))
     np.testing.assert_allclose(np.stack(stepwise, axis=1), decoder(tokens)[0], atol=1e-4)
     assert np.abs(unlimited - decoder(tokens)[0])[:, 16:].max() > 0.01
 
@@ -1632,10 +1634,8 @@ def test_sample_scale_lock_keeps_new_notes_in_the_scale(sample_tokenizer):
     assert not {pitch % 12 for pitch in pitches_of(free)} <= scale
 
 
-@pytest.mark.parametrize("drop", [1, 5, 16])
-@pytest.mark.parametrize("given", [0, 50])
-def test_sample_cached_logits_are_those_of_a_full_forward_pass(sample_tokenizer, drop, given):
-    """At every position, inside the context and past it, from a short prompt and from one longer than the context."""
+def watched_sampling(tokenizer, given, drop=None, **more):
+    """A model, 80 tokens from it for two seeds after a prompt of so many tokens, and the logits that each was drawn from."""
     seen = []
 
     class Watched(model.Decoder):
@@ -1644,8 +1644,7 @@ def test_sample_cached_logits_are_those_of_a_full_forward_pass(sample_tokenizer,
             jax.debug.callback(lambda logits: seen.append(np.array(logits)), logits_BTV[:, 0], ordered=True)
             return logits_BTV, cache
 
-    context, tokenizer = 32, sample_tokenizer
-    watched = Watched(model.Config(len(tokenizer), 32, 2, 2, context), jax.random.key(0))
+    watched = Watched(model.Config(len(tokenizer), 32, 2, 2, context=32, **more), jax.random.key(0))
     watched = jax.tree.map(lambda leaf: leaf * 5, watched)  # weights large enough for logits to differ by much
     no_end = watched.head_bias_V.at[tokenizer["EOS_None"]].set(-1e9)
     object.__setattr__(watched, "head_bias_V", no_end)
@@ -1654,16 +1653,35 @@ def test_sample_cached_logits_are_those_of_a_full_forward_pass(sample_tokenizer,
     jax.effects_barrier()
     tokens = np.array([[tokenizer["BOS_None"], *ids] for ids in pieces])
     assert len(seen) == 80 and not np.array_equal(tokens[0], tokens[1])
+    return watched, tokens, seen
 
+
+@pytest.mark.parametrize("drop", [1, 5, 16])
+@pytest.mark.parametrize("given", [0, 50])
+def test_sample_cached_logits_are_those_of_a_full_forward_pass(sample_tokenizer, drop, given):
+    """At every position, inside the context and past it, from a short prompt and from one longer than the context."""
+    watched, tokens, seen = watched_sampling(sample_tokenizer, given, drop)
     full = jax.jit(lambda tokens_BT, last: model.Decoder.trunk(watched, tokens_BT)[0][:, last])
     for step, logits_BV in enumerate(seen):
         length = given + 1 + step
-        begin = drop * max(0, math.ceil((length - context) / drop))
-        window = np.zeros((2, context), int)
+        begin = drop * max(0, math.ceil((length - 32) / drop))
+        window = np.zeros((2, 32), int)
         window[:, : length - begin] = tokens[:, begin:length]
         expected_BV = watched.to_logits(full(window, length - begin - 1))
         np.testing.assert_allclose(logits_BV, expected_BV, atol=1e-4)
         assert np.std(expected_BV[:, 3:]) > 0.1
+
+
+@pytest.mark.parametrize("given", [0, 50])
+def test_sample_rotary_logits_are_those_of_a_sliding_window(sample_tokenizer, monkeypatch, given):
+    """With rotary positions nothing is read again: each token attends to the last 32, as in one pass over all of them."""
+    watched, tokens, seen = watched_sampling(sample_tokenizer, given, rotary=True, qk_norm=True)
+    begin = 32 if given else 0  # a prompt of 51 tokens keeps its end
+    monkeypatch.setattr(model, "causal_attention", sliding_attention)
+    expected_BTV = watched.to_logits(model.Decoder.trunk(watched, tokens[:, begin:])[0])
+    for step, logits_BV in enumerate(seen):
+        np.testing.assert_allclose(logits_BV, expected_BTV[:, given + step - begin], atol=1e-4)
+    assert np.std(expected_BTV[..., 3:]) > 0.1
 
 
 def test_sample_seed_decides_the_music_whatever_else_is_made(sample_tokenizer):
