@@ -41,19 +41,18 @@ def normal(key, *shape, std=0.02):
     return std * jax.random.normal(key, shape)
 
 
-def dropout(x_BTD, keys_B, rate):
-    """Zero a `rate` share of x and scale up the rest to keep the mean; without keys, do nothing.
+def dropout(x_BTD, seed_B, rate):
+    """Zero a `rate` share of x and scale up the rest to keep the mean; without seeds, do nothing.
 
-    Each row's mask depends on that row's key alone, so it is the same on one device and on eight, in one batch or in
-    micro-batches. Random bits cost real time, so each row draws only a number to begin with; the others are hashes of
-    it and of the place (the 32-bit mixer by Wellons, nullprogram.com/blog/2018/07/31), which fuse with the rest.
+    Each row's mask depends on that row's seed alone, so it is the same on one device and on eight, in one batch or in
+    micro-batches. Random bits cost real time: these are hashes of seed and place, which fuse with what they drop (the
+    32-bit mixer by Wellons, nullprogram.com/blog/2018/07/31).
     """
-    if keys_B is None or rate == 0:
+    if seed_B is None or rate == 0:
         return x_BTD
     T, D = x_BTD.shape[1:]
     step, mixer_1, mixer_2 = np.uint32([0x9E3779B9, 0x7FEB352D, 0x846CA68B])
-    first_B = jax.vmap(jax.random.bits)(keys_B)
-    bits_BTD = first_B[:, None, None] + step * jnp.arange(T * D, dtype=jnp.uint32).reshape(T, D)
+    bits_BTD = seed_B[:, None, None] + step * jnp.arange(T * D, dtype=jnp.uint32).reshape(T, D)
     bits_BTD = (bits_BTD ^ (bits_BTD >> 16)) * mixer_1
     bits_BTD = (bits_BTD ^ (bits_BTD >> 15)) * mixer_2
     kept_BTD = (bits_BTD ^ (bits_BTD >> 16)) >= np.uint32(rate * 2**32)
@@ -72,7 +71,7 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
         return jnp.concatenate(mixed, axis=1)
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    block = next(size for size in (1024, 512, 256, 128, T) if T % size == 0)
+    block = next(size for size in (1024, 512, 256, 128) if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
@@ -138,7 +137,7 @@ class Block(eqx.Module):
         self.down_FD, self.down_bias_D = normal(down_key, 4 * D, D, std=residual_std), jnp.zeros(D)
         self.cfg = cfg
 
-    def __call__(self, x_BTD, keys_B, cache, start):
+    def __call__(self, x_BTD, seeds_2B, cache, start):
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         qkv_BTE = for_each_token(self.attention_norm, x_BTD) @ self.qkv_DE
         q_BTHK, k_BTHK, v_BTHK = (x.reshape(B, T, cfg.heads, -1) for x in jnp.split(qkv_BTE, 3, axis=-1))
@@ -161,8 +160,8 @@ class Block(eqx.Module):
         hidden_BTF = jax.nn.silu(for_each_token(self.mlp_norm, x_BTD) @ self.up_DF + self.up_bias_F)
         mlp_BTD = hidden_BTF @ self.down_FD + self.down_bias_D
 
-        for branch, branch_BTD in enumerate((attended_BTD, mlp_BTD)):
-            x_BTD += dropout(branch_BTD, fold_in(keys_B, branch), cfg.dropout)
+        for seed_B, branch_BTD in zip(seeds_2B, (attended_BTD, mlp_BTD)):
+            x_BTD += dropout(branch_BTD, seed_B, cfg.dropout)
         return x_BTD, cache
 
 
@@ -187,38 +186,29 @@ class Decoder(eqx.Module):
         self.head_bias_V = jnp.zeros(cfg.vocab_size)
         self.cfg = cfg
 
-    def trunk(self, tokens_BT, keys_B=None, cache=None, start=0):
-        """All but the head: x [B, T, D] of tokens that stand at positions start, start + 1, ..., and the filled cache.
+    def __call__(self, tokens_BT, seeds_BN=None, cache=None, start=0):
+        """Logits, float32 [B, T, V], of tokens that stand at positions start, start + 1, ..., and the filled cache.
 
-        keys_B: one dropout key per row, when training. cache: from empty_cache, when sampling; `start` may be traced.
+        seeds_BN: when training, N = 2 L + 1 integers a row that decide what dropout drops.
+        cache: when sampling, from empty_cache; `start` may be traced.
         """
-        x_BTD = self.token_VD[tokens_BT]
+        # looked up in float32: the gradients of a frequent token's many places would not add up in bfloat16
+        x_BTD = self.token_VD.astype(jnp.float32)[tokens_BT].astype(self.token_VD.dtype)
         if not self.cfg.rotary:
             x_BTD += jax.lax.dynamic_slice_in_dim(self.position_SD, start, tokens_BT.shape[1])
-        x_BTD = dropout(x_BTD, fold_in(keys_B, len(self.blocks)), self.cfg.dropout)
+        seeds_NB = [None] * (2 * self.cfg.layers + 1) if seeds_BN is None else seeds_BN.T
+        x_BTD = dropout(x_BTD, seeds_NB[-1], self.cfg.dropout)
         caches = []
         for layer, block in enumerate(self.blocks):  # a Python loop: faster than a scan on CPU and TPU, and less memory
-            x_BTD, filled = block(x_BTD, fold_in(keys_B, layer), cache and cache[layer], start)
+            x_BTD, filled = block(x_BTD, seeds_NB[2 * layer : 2 * layer + 2], cache and cache[layer], start)
             caches.append(filled)
-        return for_each_token(self.norm, x_BTD), cache and caches
-
-    def to_logits(self, x):
-        """x [..., D] -> float32 [..., V]"""
         head_DV = self.token_VD.T if self.cfg.tied else self.head_DV
-        return jnp.matmul(x, head_DV, preferred_element_type=jnp.float32) + self.head_bias_V
-
-    def __call__(self, tokens_BT, keys_B=None, cache=None, start=0):
-        """trunk, then the head: logits [B, T, V] and the cache."""
-        x_BTD, cache = self.trunk(tokens_BT, keys_B, cache, start)
-        return self.to_logits(x_BTD), cache
+        logits_BTV = jnp.matmul(for_each_token(self.norm, x_BTD), head_DV, preferred_element_type=jnp.float32)
+        return logits_BTV + self.head_bias_V, cache and caches
 
 
 def for_each_token(layer, x_BTD):
     return jax.vmap(layer)(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(x_BTD.shape)
-
-
-def fold_in(keys_B, number):
-    return keys_B if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_B)
 
 
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):

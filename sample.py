@@ -304,7 +304,7 @@ class Music(NamedTuple):
 @functools.partial(jax.jit, donate_argnames="cache")
 def read_window(model, tokens_BT, cache):
     """Fill the cache with tokens that stand at positions 0, 1, ..."""
-    return model.trunk(tokens_BT, cache=cache)[1]
+    return model(tokens_BT, cache=cache)[1]
 
 
 @functools.partial(jax.jit, donate_argnames="music")

@@ -80,7 +80,7 @@ def make_parser():
     for name in MODEL_FLAGS:
         reference = getattr(Config, name)
         kind = {"action": argparse.BooleanOptionalAction} if reference is False else {"type": type(reference)}
-        add(f"--{name}", **kind, default=None, help=f"reference: {reference}")
+        add(f"--{name}", **kind, default=reference, help=f"reference: {reference}")
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, default="default", help="modern: Muon, rotary positions, QK-norm, no dropout; "
@@ -103,7 +103,8 @@ def make_parser():
 
     add = parser.add_argument_group("machines").add_argument
     add("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I", help="one of several hosts: found by itself on "
-        "TPU pods and SLURM; else process 0's address, how many processes, and which is this")  # fmt: skip
+        "TPU pods and SLURM; else process 0's address, how many processes, and which is this. All read --data and "
+        "--run, so let them be shared")  # fmt: skip
     add("--compile_for", metavar="TOPOLOGY", help="compile for TPUs elsewhere (v5e:2x4, v3:2x2x1) and report")
     return parser
 
@@ -125,32 +126,37 @@ def read_flags(argv):
             fail(f"--multihost {args.multihost}: {error}")
     devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
 
-    platform, capability = devices[0].platform, getattr(devices[0], "compute_capability", 0)
-    fast_bfloat16 = platform == "tpu" or (platform == "gpu" and float(capability) >= 8)
-    has_kernel = fast_bfloat16 and devices[0].device_kind not in ("TPU v2", "TPU v3")  # too old for splash attention
-    fused_attention = {"tpu": "splash", "gpu": "cudnn"}[platform] if has_kernel else "xla"
-    parser.set_defaults(precision="bfloat16" if fast_bfloat16 else "float32")
-    parser.set_defaults(**dataclasses.asdict(Config()) | {"attention": None})
+    platform, capability = devices[0].platform, str(getattr(devices[0], "compute_capability", ""))
+    ampere = re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None  # or newer; an AMD GPU says, for example, gfx942
+    parser.set_defaults(precision="bfloat16" if platform == "tpu" or ampere else "float32", attention=None)
     size = args.size or ("tiny" if platform == "cpu" else "base")
     parser.set_defaults(size=size, **SIZES[size] | RECIPES[args.recipe])
     try:
         if args.init_from:
-            parser.set_defaults(**load(args.init_from)[1]["config"] | {"attention": None})
+            config = load(args.init_from)[1]["config"]
+            parser.set_defaults(**{name: config[name] for name in MODEL_FLAGS if name != "attention"})
         if args.resume:
             parser.set_defaults(**load(Path(args.run) / "last.ckpt")[1]["flags"])
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
 
     args = parser.parse_args(argv)
-    args.attention = args.attention or (fused_attention if args.precision == "bfloat16" else "xla")
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.save_every = args.save_every or args.eval_every
     for name, value in vars(args).items():
         if type(value) is int and value < (0 if name in ("seed", "warmup") else 1):
             fail(f"--{name} {value}: is too small")
-    if args.dim % args.heads or args.dim % 4:
-        fail(f"--dim {args.dim}: must be a multiple of 4 and of --heads {args.heads}")
+    if args.dim % (2 * args.heads):  # rotary positions turn pairs of numbers
+        fail(f"--dim {args.dim}: must be a multiple of twice --heads {args.heads}")
+    kernels = {  # and what they can do
+        "splash": platform == "tpu" and devices[0].device_kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0,
+        "cudnn": ampere and args.dim // args.heads % 8 == 0,
+    }
+    usable = [name for name, fits in kernels.items() if fits and args.precision == "bfloat16"] + ["xla"]
+    args.attention = args.attention or usable[0]
+    if args.attention not in usable:
+        fail(f"--attention {args.attention}: this device, --precision and shape allow {' or '.join(usable)}")
     if not 0 <= args.dropout < 1:
         fail(f"--dropout {args.dropout}: must be at least 0 and below 1")
     unit = len(devices) * args.accumulate
@@ -163,9 +169,10 @@ def read_flags(argv):
 
 def device_limits(device):
     """Peak bfloat16 FLOP/s, memory in bytes and clock in Hz; NaN where not known."""
-    known = [limits for name, limits in DEVICES.items() if name in device.device_kind]
+    named = lambda name: re.search(name + r"(?!\d)", device.device_kind)  # an L40S is no L4
+    known = [limits for name, limits in DEVICES.items() if named(name)]
     tera_flops, gibibytes, giga_hertz = known[0] if known else (np.nan, np.nan, np.nan)
-    return 1e12 * tera_flops, 2**30 * gibibytes, 1e9 * (giga_hertz or np.nan)
+    return 1e12 * tera_flops, 2**30 * gibibytes, 1e9 * giga_hertz
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -208,12 +215,9 @@ class Data:
         return -(share * np.log(share)).sum()
 
     def windows(self, split, starts, length):
-        """[rows, length] ids from each start on; zeros past the end."""
-        rows = np.zeros((len(starts), length), np.int32)
-        for row, start in zip(rows, starts):
-            ids = self.tokens[split][start : start + length]
-            row[: len(ids)] = ids
-        return rows
+        """[rows, length] ids from each start on; past the end, the last one again."""
+        places = np.minimum(starts[:, None] + np.arange(length), len(self.tokens[split]) - 1)
+        return np.asarray(self.tokens[split][places], np.int32)
 
     def draw(self, args, step):
         """The step's windows [A, B, T + 1]: a function of seed and step, so that a resumed run draws the same."""
@@ -237,7 +241,7 @@ REPLICATED, ROWS, MICRO_ROWS = PartitionSpec(), PartitionSpec("data"), Partition
 
 
 def make_optimizer(args):
-    """Clipping, then AdamW or Muon (Jordan 2024, Liu et al. 2025); and the schedule: linear warm-up, cosine to a tenth."""
+    """Clipping, then AdamW or Muon (Jordan 2024, Liu et al. 2025); its schedule: warm-up, then a cosine to a tenth."""
     warmup = min(args.warmup, args.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps, args.learning_rate / 10)
     common = dict(learning_rate=schedule, weight_decay=args.weight_decay)
@@ -256,16 +260,12 @@ def choose(names, yes, no):
     return lambda model: jax.tree_util.tree_map_with_path(lambda path, _: yes if path[-1].name in names else no, model)
 
 
-def token_losses(model, tokens_BT, keys_B, precision):
+def token_losses(model, tokens_BT, seeds_BN, precision):
     """Nats of every token but each row's first, float32 [B * T], computed in `precision` from float32 weights."""
     model = jax.tree.map(lambda weights: weights.astype(precision), model)
-    logits_BTV, _ = model(tokens_BT[:, :-1], keys_B)
+    logits_BTV, _ = model(tokens_BT[:, :-1], seeds_BN)
     logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # flat: a third faster on CPU
     return optax.softmax_cross_entropy_with_integer_labels(logits_NV, tokens_BT[:, 1:].ravel())
-
-
-def mean_loss(model, tokens_BT, keys_B, precision):
-    return token_losses(model, tokens_BT, keys_B, precision).mean()
 
 
 def on_each_device(function, mesh, *in_specs):
@@ -276,21 +276,18 @@ def on_each_device(function, mesh, *in_specs):
 def make_train_step(args, mesh, optimizer):
     """The one compiled program of training: (state, tokens_ABT, step) -> state, (loss, norm of the gradient)."""
 
-    def loss_and_gradient(model, tokens_ABT, keys_AB):
-        micro_batch = lambda tokens_BT, keys_B: jax.value_and_grad(mean_loss)(model, tokens_BT, keys_B, args.precision)
-        if args.accumulate == 1:
-            total = micro_batch(tokens_ABT[0], keys_AB[0])
-        else:
-            zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), model))
-            add = lambda total, batch: (jax.tree.map(jnp.add, total, micro_batch(*batch)), None)
-            total, _ = jax.lax.scan(add, zero, (tokens_ABT, keys_AB))
+    def loss_and_gradient(model, tokens_ABT, seeds_ABN):
+        mean_loss = lambda model, batch: token_losses(model, *batch, args.precision).mean()
+        add = lambda total, batch: (jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model, batch)), None)
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), model))
+        total, _ = jax.lax.scan(add, zero, (tokens_ABT, seeds_ABN))  # XLA inlines a scan of one
         return jax.lax.pmean(jax.tree.map(lambda x: x / args.accumulate, total), "data")  # once a step
 
     def train_step(state, tokens_ABT, step):
         step_key = jax.random.fold_in(jax.random.key(args.seed), step)
-        keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(args.batch_size))
+        seeds_ABN = jax.random.bits(step_key, (*tokens_ABT.shape[:2], 2 * args.layers + 1))
         parallel = on_each_device(loss_and_gradient, mesh, REPLICATED, MICRO_ROWS, MICRO_ROWS)
-        loss, gradient = parallel(state["model"], tokens_ABT, keys.reshape(args.accumulate, -1))
+        loss, gradient = parallel(state["model"], tokens_ABT, seeds_ABN)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["model"])
         model = optax.apply_updates(state["model"], updates)
         return {"model": model, "optimizer": optimizer_state}, (loss, optax.tree.norm(gradient))
@@ -387,10 +384,8 @@ def checkpoint(args, name, tree, facts):
 
 def read_log(run, last_step):
     """The rows up to a checkpoint's step: a resumed run writes the later ones again."""
-    if not (run / "log.csv").exists():
-        return []
-    with open(run / "log.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+    lines = (run / "log.csv").read_text().splitlines() if (run / "log.csv").exists() else []
+    return [row for row in csv.DictReader(lines) if int(row["step"]) <= last_step]
 
 
 def write_log(run, rows):
@@ -411,12 +406,6 @@ def write_log(run, rows):
     image = io.BytesIO()
     figure.savefig(image, dpi=120)
     write_whole(run / "loss.png", image.getvalue())
-
-
-def start_wandb(args):
-    import wandb
-
-    return wandb.init(project="tchaikovsky", dir=args.run, config=vars(args))
 
 
 class Stop:
@@ -454,7 +443,10 @@ def train(args, data, mesh):
     run, first, main_process = Path(args.run), facts["step"], jax.process_index() == 0
     rows = read_log(run, first) if main_process else []
     share_of_peak = introduce(args, data, mesh, state["model"])
-    wandb = start_wandb(args) if args.wandb and main_process else None
+    if args.wandb and main_process:
+        import wandb
+
+        wandb.init(project="tchaikovsky", dir=run, config=vars(args))
     stop, began, laps = Stop(args.max_hours), time.time() - facts["seconds"], []
     batch = put(mesh, MICRO_ROWS, data.draw(args, first))
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not main_process):
@@ -486,7 +478,7 @@ def train(args, data, mesh):
             rows.append(row | {"seconds": round(facts["seconds"], 1)})
             tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
             write_log(run, rows)
-            if wandb:
+            if args.wandb:
                 wandb.log(row, step=done)
             if row.get("val_nats_per_note", np.inf) < facts["best"]:
                 facts["best"] = row["val_nats_per_note"]
@@ -545,34 +537,34 @@ def compile_report(args, devices):
         at = argparse.Namespace(**vars(args) | {"batch_size": rows * len(devices) * args.accumulate})
         tokens = jax.ShapeDtypeStruct((args.accumulate, rows * len(devices), args.context + 1), np.int32)
         step = make_train_step(at, mesh, optimizer)
-        program = step.lower(state, on_mesh(tokens, MICRO_ROWS), on_mesh(np.uint32(0), REPLICATED)).compile()
-        sizes = program.memory_analysis()  # the outputs reuse the donated arguments
-        return program, sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-
-    def fits(rows):
+        lowered = step.lower(state, on_mesh(tokens, MICRO_ROWS), on_mesh(np.uint32(0), REPLICATED))
         try:
-            return sum(compiled(rows)[1:]) < memory
-        except jax.errors.JaxRuntimeError:  # the compiler found no room for it
-            return False
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return "", 0, np.inf
+        sizes = program.memory_analysis()  # the outputs reuse the donated arguments
+        return program.as_text(), sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
 
     rows = args.batch_size // args.accumulate // len(devices)
     count = parameter_count(state["model"])
     print(f"{len(devices)} x {devices[0].device_kind}, {args.precision}, {count:,} parameters")
     print(f"micro-batch: {rows} windows of {args.context} tokens on each device")
     peak_flops, memory, clock = device_limits(devices[0])
-    program, constant, temporary = compiled(rows)
-    text = program.as_text()
+    text, constant, temporary = compiled(rows)
     collectives = Counter(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text))
     seconds = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / clock
     flops = flops_per_token(args, state["model"]) * args.batch_size * args.context / len(devices)
     print(f"memory per device: {(constant + temporary) / 1e9:.2f} GB of {memory / 1e9:.2f}")
-    print("collectives:", ", ".join(f"{count} {name}" for name, count in collectives.items()) or "none")
-    print(f"the compiler's estimate, without Pallas kernels: {1000 * seconds:.1f} ms for a micro-batch and an update, "
-          f"{flops / args.accumulate / seconds / peak_flops:.0%} of the peak")  # fmt: skip
-    largest = 2 ** int(np.log2((memory - constant) / temporary * rows))  # a guess to start from
-    while not fits(largest):
+    if text:
+        print("collectives:", ", ".join(f"{count} {name}" for name, count in collectives.items()) or "none")
+        print(f"the compiler's estimate, without Pallas kernels: {1000 * seconds:.1f} ms for a micro-batch and an "
+              f"update, {flops / args.accumulate / seconds / peak_flops:.0%} of the peak")  # fmt: skip
+    largest = 2 ** int(np.log2(max(1, (memory - constant) / temporary * rows)))  # a guess to start from
+    while largest and sum(compiled(largest)[1:]) > memory:
         largest //= 2
-    while fits(2 * largest):
+    while largest and sum(compiled(2 * largest)[1:]) <= memory:
         largest *= 2
     print(f"largest micro-batch that fits, of powers of two: {largest} windows per device")
 
