@@ -21,6 +21,7 @@ import wave
 from pathlib import Path
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -290,6 +291,23 @@ def pick(logits_BV, keys_B, temperature_B, filters):
 # ---------------------------------------------------------------- generating: read the prompt, then a compiled loop
 
 
+class Turned(NamedTuple):
+    """A matrix [I, O] kept as [O, I]: a CPU multiplies it with one token, or with a few, up to 1.5 times as fast."""
+
+    weight_OI: jax.Array
+
+    def __rmatmul__(self, x):
+        product = self.weight_OI @ x.reshape(-1, x.shape[-1]).T
+        # the barrier keeps XLA from turning the product round again
+        return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
+
+
+def turn_matrices(model):
+    """The same model, faster on CPUs, whose time goes into reading the matrices of all blocks for every token."""
+    turn = lambda leaf: Turned(leaf.T) if leaf.ndim == 2 else leaf
+    return eqx.tree_at(lambda model: model.blocks, model, [jax.tree.map(turn, block) for block in model.blocks])
+
+
 class Music(NamedTuple):
     """Pieces in the making, all of one length so far."""
 
@@ -498,6 +516,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>TchAIkovsky</title>
 <style>
+  :root { color-scheme: dark }
   body { margin: 24px; background: #0d0f16; color: #9aa2bd; font: 14px/1.5 system-ui, sans-serif }
   header { position: sticky; top: 0; z-index: 1; padding: 10px 0; background: #0d0f16 }
   button { width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; color: #fff; font-size: 18px }
@@ -506,8 +525,8 @@ PAGE = """<!doctype html>
   .current { border-color: #f0608e }
   .roll { position: relative; overflow-x: auto; background: #141722; cursor: pointer }
   svg { display: block; min-width: 100%; height: 264px }  /* 88 keys of 3 pixels; the stripes are the black ones */
-  svg { background: linear-gradient(#0000 6px, #0d0f16 0 9px, #0000 0 12px, #0d0f16 0 15px, #0000 0 18px, #0d0f16 0 21px,
-    #0000 0 27px, #0d0f16 0 30px, #0000 0 33px, #0d0f16 0 36px) 0 0 / 1px 36px }
+  svg { background: linear-gradient(#0000 6px, #0d0f16 0 9px, #0000 0 12px, #0d0f16 0 15px, #0000 0 18px,
+    #0d0f16 0 21px, #0000 0 27px, #0d0f16 0 30px, #0000 0 33px, #0d0f16 0 36px) 0 0 / 1px 36px }
   .now { position: absolute; top: 0; left: -1px; width: 2px; height: 264px; background: #fff }
   b { color: #fff }
 </style>
@@ -545,7 +564,8 @@ function play(section, from) {
 }
 
 function strike([start, length, y, velocity]) {
-  const pitch = 108 - y, frequency = 440 * 2 ** ((pitch - 69) / 12), begin = Math.max(audio.currentTime, startedAt + start);
+  const pitch = 108 - y, frequency = 440 * 2 ** ((pitch - 69) / 12);
+  const begin = Math.max(audio.currentTime, startedAt + start);
   const loud = 0.3 * (velocity / 127) ** 1.6, ring = 1.6 * 2 ** ((60 - pitch) / 24);
   const string = new OscillatorNode(audio, {frequency, periodicWave: tones[velocity >> 5]});
   const volume = new GainNode(audio, {gain: 0});
@@ -594,7 +614,8 @@ def write_page(path, pieces, figures):
             for time, duration, pitch, velocity in zip(*piece.notes.values())
         ]
         sections.append(
-            f'<section><div class="roll"><svg viewBox="0 0 {end:.3f} 88" width="{40 * end:.0f}" preserveAspectRatio="none">'
+            '<section><div class="roll">'
+            f'<svg viewBox="0 0 {end:.3f} 88" width="{40 * end:.0f}" preserveAspectRatio="none">'
             f'<rect class="prompt" width="{prompt_end:.3f}" height="88" fill="#fff2"/>{"".join(bars)}</svg>'
             f'<div class="now"></div></div><b>{piece.name}</b> {line}</section>'
         )
@@ -614,7 +635,7 @@ class Piece(NamedTuple):
 
 
 def load_run(folder):
-    """The model, in the device's own precision, its tokenizer, and what the checkpoint says of itself."""
+    """The model, as is best for this device, its tokenizer, and what the checkpoint says of itself."""
     best, last = folder / "best.ckpt", folder / "last.ckpt"  # a run that was cut short may only have the latter
     path = last if last.exists() and not best.exists() else best
     trees, facts = load(path, lambda facts: {"model": Decoder(Config(**facts["config"]), jax.random.key(0))})
@@ -629,8 +650,11 @@ def load_run(folder):
         raise ValueError(f"{path}: not all of its weights are numbers: training has diverged")
     if not facts.get("step"):
         print(f"{path} has not been trained: expect noise")
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype), model), tokenizer, facts
+    if jax.default_backend() == "cpu":
+        model = turn_matrices(jax.tree.map(jnp.array, model))
+    else:
+        model = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.bfloat16), model)
+    return model, tokenizer, facts
 
 
 def compose(args, model, tokenizer, prompt, grammar):

@@ -38,6 +38,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # here and in all that is started: the same numbers everywhere
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -1657,7 +1658,8 @@ def watched_sampling(tokenizer, given, drop=None, **more):
     no_end = watched.head_bias_V.at[tokenizer["EOS_None"]].set(-1e9)
     object.__setattr__(watched, "head_bias_V", no_end)
     prompt = midi_tokenize.encode(etude(tokenizer), tokenizer)[:given]
-    pieces = compose(watched, tokenizer, prompt, seeds=[0, 1], max_tokens=80, window_drop=drop)
+    faster = sample.turn_matrices(watched)  # as load_run does
+    pieces = compose(faster, tokenizer, prompt, seeds=[0, 1], max_tokens=80, window_drop=drop)
     jax.effects_barrier()
     tokens = np.array([[tokenizer["BOS_None"], *ids] for ids in pieces])
     assert len(seen) == 80 and not np.array_equal(tokens[0], tokens[1])
@@ -2011,35 +2013,31 @@ def test_sample_page_in_a_real_browser(tmp_path, browser):
 def bench_sample(tokens=250):
     """Base size in float32: `python test_all.py bench_sample`; with PyTorch where it is installed. Minutes."""
     tokenizer = midi_tokenize.build_tokenizer()  # filled up below to the 10,000 of the reference
-    decoder = jax.jit(lambda key: model.Decoder(model.Config(), key))(jax.random.key(0))
-    context, vocab_size = decoder.cfg.context, decoder.cfg.vocab_size
+    cfg = model.Config()
+    plain = jax.jit(lambda key: model.Decoder(cfg, key))(jax.random.key(0))
+    decoder, context, vocab_size = sample.turn_matrices(plain), cfg.context, cfg.vocab_size
     anything = np.ones((1, vocab_size), bool)
-    free = sample.Grammar(*map(jnp.array, (anything, np.full((vocab_size, 2), 999), np.zeros((vocab_size, 3), int), np.zeros(3, int))))
+    state = np.full((vocab_size, 2), 999), np.zeros((vocab_size, 3), int), np.zeros(3, int)
+    free = sample.Grammar(*map(jnp.array, (anything, *state)))
     prompt = np.random.default_rng(0).integers(0, vocab_size, 2 * context).tolist()
-    figures = {}
 
-    def ours(rows, given, count):
+    def ours(rows, given, count, decoder=decoder):
         make = lambda count: sample.generate(decoder, prompt[:given], range(rows), [1.0] * rows, free, -1, count)[1]
         return max(make(count) for _ in range(2))
 
-    def padded():
-        step = jax.jit(lambda tokens_BT: decoder(tokens_BT)[0][:, -1].argmax(-1))
-        window = np.array([prompt[: context - 1]])
-        step(window).block_until_ready()
-        started = time.perf_counter()
-        for _ in range(3):
-            step(window).block_until_ready()
-        return 3 / (time.perf_counter() - started)
-
     def show(name, value):
-        figures[name] = value
-        print(f"{name:58s} {value:8.2f} tokens/s", flush=True)
+        print(f"{name:64s} {value:8.2f} tokens/s", flush=True)
 
-    show("padded window recomputed per token, batch 1", padded())
+    forward = jax.jit(lambda tokens_T: plain(tokens_T[None])[0][0])
+    show("padded window for every token, the original's way", padded_tokens_per_second(original_forward(cfg), cfg))
+    show("padded window for every token, model.py's forward", padded_tokens_per_second(forward, cfg))
     for rows in (1, 8):
         show(f"sample.py, the first {tokens} tokens, batch {rows}", ours(rows, 1, tokens))
     show(f"sample.py, the last {tokens} of a context, batch 1", ours(1, context - tokens, tokens))
     show(f"sample.py, past the context ({context // 2 + 8} tokens), batch 1", ours(1, context + 1, context // 2 + 8))
+    rotary = jax.jit(lambda key: model.Decoder(dataclasses.replace(cfg, rotary=True), key))(jax.random.key(0))
+    rotary = sample.turn_matrices(rotary)
+    show(f"sample.py, past the context, rotary ({tokens} tokens), batch 1", ours(1, context + 1, tokens, rotary))
     grammar = sample.build_grammar(tokenizer)
     masked = grammar._replace(
         follows_KV=jnp.pad(grammar.follows_KV, ((0, 0), (0, vocab_size - grammar.follows_KV.shape[1]))),
@@ -2058,7 +2056,43 @@ def bench_sample(tokens=250):
         print("PyTorch is not installed: no comparison with it")
         return
     for rows in (1, 8):
-        show(f"PyTorch {torch.__version__}, cache preallocated, batch {rows}", torch_tokens_per_second(decoder.cfg, rows, tokens))
+        rate = torch_tokens_per_second(cfg, rows, tokens)
+        show(f"PyTorch {torch.__version__}, cache preallocated, batch {rows}", rate)
+
+
+def original_forward(cfg):
+    """A forward pass as the original has it: Equinox's own modules under vmap, attention to T x T, logits of all."""
+    keys = iter(jax.random.split(jax.random.key(0), 4 + 3 * cfg.layers))
+    D = cfg.dim
+    linear = lambda inputs, outputs: eqx.nn.Linear(inputs, outputs, key=next(keys))
+    attention = lambda: eqx.nn.MultiheadAttention(cfg.heads, D, use_output_bias=True, key=next(keys))
+    norm = lambda: eqx.nn.LayerNorm(D)
+    blocks = [(attention(), norm(), norm(), linear(D, 4 * D), linear(4 * D, D)) for _ in range(cfg.layers)]
+    token, position = (eqx.nn.Embedding(size, D, key=next(keys)) for size in (cfg.vocab_size, cfg.context))
+
+    def forward(parts, tokens_T):
+        token, position, blocks, last_norm, head = parts
+        T = len(tokens_T)
+        causal_TT = jnp.tril(jnp.ones((T, T), bool))
+        x_TD = jax.vmap(token)(tokens_T) + jax.vmap(position)(jnp.arange(T))
+        for attention, attention_norm, mlp_norm, up, down in blocks:
+            normed_TD = jax.vmap(attention_norm)(x_TD)
+            hidden_TF = jax.nn.silu(jax.vmap(up)(jax.vmap(mlp_norm)(x_TD)))
+            x_TD += attention(normed_TD, normed_TD, normed_TD, causal_TT) + jax.vmap(down)(hidden_TF)
+        return jax.vmap(head)(jax.vmap(last_norm)(x_TD))
+
+    return functools.partial(eqx.filter_jit(forward), (token, position, blocks, norm(), linear(D, cfg.vocab_size)))
+
+
+def padded_tokens_per_second(forward, cfg, tokens=4):
+    """Greedy decoding without a cache: the whole padded window for each token, and the host waits for each."""
+    window_T, length = np.zeros(cfg.context - 1, np.int32), 100
+    forward(window_T).block_until_ready()  # compiles
+    started = time.perf_counter()
+    for _ in range(tokens):
+        window_T[length] = int(forward(window_T)[length - 1].argmax())
+        length += 1
+    return tokens / (time.perf_counter() - started)
 
 
 def torch_tokens_per_second(cfg, rows, tokens):
