@@ -440,6 +440,16 @@ def measure(notes):
     return entropy, max(in_scale), polyphony, len(start) / end.max(), groove
 
 
+def overlap(a, b):
+    """Overlap area, 0 to 1, of the densities of two lists of numbers (Yang & Lerch 2020), by Gaussian kernels."""
+    a, b = (np.array(numbers)[np.isfinite(numbers)] for numbers in (a, b))
+    everything = np.concatenate([a, b])
+    width = everything.std() * len(everything) ** -0.2 + 1e-9  # Scott's rule
+    grid = np.linspace(everything.min() - 4 * width, everything.max() + 4 * width, 1000)
+    density = lambda numbers: np.exp(-(((grid - numbers[:, None]) / width) ** 2) / 2).mean(axis=0)
+    return np.minimum(density(a), density(b)).sum() / density(a).sum()
+
+
 def compare(samples, folder, tokenizer):
     """One line about each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
     train, held_out = [], []
@@ -448,16 +458,20 @@ def compare(samples, folder, tokenizer):
         if facts["vocab_size"] != len(tokenizer):
             raise ValueError("made with another tokenizer")
         train, val = (np.memmap(folder / f"{side}.bin", facts["dtype"], "r") for side in ("train", "val"))
-        begins = np.flatnonzero(val == tokenizer["BOS_None"])[:17]
+        begins = np.flatnonzero(val == tokenizer["BOS_None"])[:65]
         held_out = [notes_of(to_score(val[i:j].tolist(), tokenizer)) for i, j in zip(begins, begins[1:])]
     except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"{folder}: no training data to compare with ({error}); name its folder with --data")
     longest = max(len(notes["time"]) for notes in samples)
     rows = [measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out]
-    usual = np.mean(rows, axis=0) if rows else [math.nan] * len(FIGURES)
+    usual = np.nanmean(rows, axis=0) if rows else [math.nan] * len(FIGURES)
+    own_rows = [measure(notes) for notes in samples]
+    if rows and len(samples) >= 16:  # enough for distributions
+        areas = [f"{name} {overlap(a, b):.2f}" for name, a, b in zip(FIGURES, zip(*own_rows), zip(*rows))]
+        print(f"overlap of {len(samples)} samples with {len(rows)} held-out pieces: {', '.join(areas)}")
     lines = []
-    for notes, copied in zip(samples, longest_copies([notes["pitch"] for notes in samples], train, tokenizer)):
-        figures = [f"{name} {own:.2f} ({mean:.2f})" for name, own, mean in zip(FIGURES, measure(notes), usual)]
+    for notes, row, copied in zip(samples, own_rows, longest_copies([n["pitch"] for n in samples], train, tokenizer)):
+        figures = [f"{name} {own:.2f} ({mean:.2f})" for name, own, mean in zip(FIGURES, row, usual)]
         count = len(notes["time"])
         lines.append(", ".join([f"longest copy {copied} of {count} notes = {copied / count:.0%}", *figures]))
     return lines

@@ -1811,6 +1811,14 @@ def test_sample_figures_follow_their_definitions():
     assert polyphony == pytest.approx(9 / 6.25)
 
 
+def test_sample_overlap_is_that_of_the_densities():
+    rng = np.random.default_rng(0)
+    a, b, far = rng.normal(0, 1, 3000), rng.normal(2, 1, 3000), rng.normal(50, 1, 3000)
+    assert sample.overlap(a, a) == pytest.approx(1) and sample.overlap(a, far) < 0.01
+    assert sample.overlap(a, b) == pytest.approx(math.erfc(1 / math.sqrt(2)), abs=0.05)  # of two normals, 2 deviations apart
+    assert sample.overlap([1.0] * 5, [1.0] * 9 + [math.nan]) == pytest.approx(1)
+
+
 def test_sample_as_a_user(tmp_path, monkeypatch, capsys, sample_run):
     etude_file = tmp_path / "etude.mid"
     midi_tokenize.compose(3).dump_midi(etude_file)
@@ -1828,6 +1836,9 @@ def test_sample_as_a_user(tmp_path, monkeypatch, capsys, sample_run):
     run_sample(monkeypatch, *flags[:-1], "--seeds", 0, "--max_tokens", 120, "--only_generated", "--out", tmp_path / "new")
     rest = sample.notes_of(Score(tmp_path / "new" / f"{grid[0]}.mid"))
     assert rest["time"][0] == 0 and rest["pitch"].tolist() == begin["pitch"][len(given) :].tolist()
+    capsys.readouterr()
+    run_sample(monkeypatch, "--run", sample_run, "--num_samples", 16, "--max_tokens", 60, "--out", tmp_path / "many")
+    assert "overlap of 16 samples with" in capsys.readouterr().out
     run_sample(monkeypatch, "--run", sample_run, "--seeds", 1, "--seconds", 5, "--out", tmp_path / "short")
     assert sample.notes_of(Score(next((tmp_path / "short").glob("*.mid"))))["time"].max() < 5
 
