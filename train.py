@@ -13,6 +13,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -83,7 +84,7 @@ def make_parser():
         add(f"--{name}", **kind, default=reference, help=f"reference: {reference}")
 
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, default="default", help="modern: Muon, rotary positions, QK-norm, no dropout; "
+    add("--recipe", choices=RECIPES, help="modern: Muon, rotary positions, QK-norm, no dropout; "
         "original: as TchAIkovsky was trained, to compare with")  # fmt: skip
     add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, and AdamW for the rest")
     add("--steps", type=int, help="optimizer steps")
@@ -124,13 +125,17 @@ def read_flags(argv):
             jax.distributed.initialize(address, *map(int, numbers))
         except (ValueError, TypeError, RuntimeError) as error:
             fail(f"--multihost {args.multihost}: {error}")
+    if args.resume and (args.size or args.recipe or args.init_from):
+        fail("--resume goes on with the run's own size, recipe and weights: leave out --size, --recipe and --init_from")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        fail("--wandb: pip install wandb")
     devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
 
     platform, capability = devices[0].platform, str(getattr(devices[0], "compute_capability", ""))
     ampere = re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None  # or newer; an AMD GPU says, for example, gfx942
     parser.set_defaults(precision="bfloat16" if platform == "tpu" or ampere else "float32", attention=None)
     size = args.size or ("tiny" if platform == "cpu" else "base")
-    parser.set_defaults(size=size, **SIZES[size] | RECIPES[args.recipe])
+    parser.set_defaults(size=size, recipe=args.recipe or "default", **SIZES[size] | RECIPES[args.recipe or "default"])
     try:
         if args.init_from:
             config = load(args.init_from)[1]["config"]
@@ -144,9 +149,12 @@ def read_flags(argv):
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.save_every = args.save_every or args.eval_every
-    for name, value in vars(args).items():
-        if type(value) is int and value < (0 if name in ("seed", "warmup") else 1):
-            fail(f"--{name} {value}: is too small")
+    limits = {name: (1, 2**32) for name, value in vars(args).items() if type(value) is int}
+    limits |= dict(seed=(0, 2**32 - 1), warmup=(0, 2**32), learning_rate=(0, 1e6), weight_decay=(0, 1e6))
+    limits |= dict(grad_clip=(1e-9, np.inf), bos_share=(0, 1), dropout=(0, 0.99), max_hours=(0, np.inf))
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            fail(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     if args.dim % (2 * args.heads):  # rotary positions turn pairs of numbers
         fail(f"--dim {args.dim}: must be a multiple of twice --heads {args.heads}")
     kernels = {  # and what they can do
@@ -157,8 +165,6 @@ def read_flags(argv):
     args.attention = args.attention or usable[0]
     if args.attention not in usable:
         fail(f"--attention {args.attention}: this device, --precision and shape allow {' or '.join(usable)}")
-    if not 0 <= args.dropout < 1:
-        fail(f"--dropout {args.dropout}: must be at least 0 and below 1")
     unit = len(devices) * args.accumulate
     if args.batch_size % unit:
         nearest = max(1, round(args.batch_size / unit)) * unit
@@ -203,9 +209,11 @@ class Data:
                     self.counts[split] += np.bincount(chunk, minlength=vocab_size)
                     starts.append(i + np.flatnonzero(chunk == self.meta["bos"]))
                 self.starts[split] = np.concatenate(starts)
+                if not (self.meta[split]["notes"] > 0 and self.meta[split]["seconds"] > 0 and self.meta["eos"] >= 0):
+                    raise ValueError(f"meta.json knows of no music in {split}")
                 if not len(self.starts[split]):
                     raise ValueError(f"{split}.bin: no piece starts in it (token {self.meta['bos']})")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             fail(f"--data {folder}: {reason}; to make it anew: python tokenize.py --out {folder}")
 
@@ -339,9 +347,13 @@ def start(args, data, mesh, optimizer):
     facts |= {name: data.meta[name] for name in ("bos", "eos", "pad")}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
     try:
-        if source and (trained_on := load(source)[1]["tokenizer_sha256"]) != data.sha256:
-            raise ValueError(f"{source}: trained with tokenizer {trained_on[:12]}, {data.folder} has "
+        made = load(source)[1] if source else {"tokenizer_sha256": data.sha256, "config": {}}
+        if made["tokenizer_sha256"] != data.sha256:
+            raise ValueError(f"{source}: trained with tokenizer {made['tokenizer_sha256'][:12]}, {data.folder} has "
                              f"{data.sha256[:12]}; its token ids mean other things")  # fmt: skip
+        for name in made["config"].keys() - {"dropout", "attention"}:
+            if made["config"][name] != getattr(cfg, name):
+                raise ValueError(f"--{name} {getattr(cfg, name)}: {source} was made with {made['config'][name]}")
         if args.resume:
             state, meta = load(source, state)
             facts |= {name: meta[name] for name in ("step", "seconds", "best")}
@@ -350,14 +362,8 @@ def start(args, data, mesh, optimizer):
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
 
-    if jax.process_index() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            if (run / "last.ckpt").exists() and not args.overwrite:
-                fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
-            for leftover in ("last.ckpt", "best.ckpt", "log.csv", "loss.png"):
-                (run / leftover).unlink(missing_ok=True)
-        write_whole(run / "tokenizer.json", data.tokenizer)
+    if jax.process_index() == 0 and not args.resume and not args.overwrite and (run / "last.ckpt").exists():
+        fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
 
@@ -366,11 +372,21 @@ def fresh_state(cfg, seed, optimizer):
     return {"model": model, "optimizer": optimizer.init(model)}
 
 
+def begin_anew(run, tokenizer):
+    """Replace what an earlier run left: only once a new one has made its first step."""
+    for leftover in ("last.ckpt", "best.ckpt", "log.csv", "loss.png"):
+        (run / leftover).unlink(missing_ok=True)
+    write_whole(run / "tokenizer.json", tokenizer)
+
+
 def write_whole(path, content):
     """Beside it first, then renamed: neither a reader nor a kill ever meets half a file."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def checkpoint(args, name, tree, facts):
@@ -384,8 +400,12 @@ def checkpoint(args, name, tree, facts):
 
 def read_log(run, last_step):
     """The rows up to a checkpoint's step: a resumed run writes the later ones again."""
-    lines = (run / "log.csv").read_text().splitlines() if (run / "log.csv").exists() else []
-    return [row for row in csv.DictReader(lines) if int(row["step"]) <= last_step]
+    try:
+        lines = (run / "log.csv").read_text().splitlines() if (run / "log.csv").exists() else []
+        rows = [{name: row[name] for name in COLUMNS} for row in csv.DictReader(lines)]
+        return [row for row in rows if int(row["step"]) <= last_step]
+    except (ValueError, KeyError, TypeError):
+        fail(f"--run {run}: log.csv is damaged; move it away to go on without the rows so far")
 
 
 def write_log(run, rows):
@@ -441,7 +461,7 @@ def train(args, data, mesh):
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = start(args, data, mesh, optimizer)
     run, first, main_process = Path(args.run), facts["step"], jax.process_index() == 0
-    rows = read_log(run, first) if main_process else []
+    rows = read_log(run, first) if main_process and args.resume else []
     share_of_peak = introduce(args, data, mesh, state["model"])
     if args.wandb and main_process:
         import wandb
@@ -459,6 +479,8 @@ def train(args, data, mesh):
         stopping = stop.wanted(logging)
         if step == first:  # the compilation shall not count as training
             jax.block_until_ready(metrics)
+            if main_process and not args.resume:
+                begin_anew(run, data.tokenizer)
             lap_began, lap_first = time.time(), done
         if not (logging or stopping):
             continue
@@ -573,6 +595,10 @@ def main(argv=None):
     args, devices = read_flags(argv)
     if args.compile_for:
         return compile_report(args, devices)
+    try:
+        Path(args.run).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run {args.run}: {error.strerror}")
     data = Data(args.data, args.context)
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     try:
@@ -581,6 +607,8 @@ def main(argv=None):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise SystemExit(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less") from None
+    except OSError as error:
+        raise SystemExit(f"{args.run}: not written ({error.strerror}); the checkpoints there are whole") from None
     if jax.process_index() != 0:
         return
     score = next((row for row in reversed(rows) if row.get("val_nats_per_note")), {})
