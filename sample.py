@@ -381,7 +381,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
             music = continue_music(model, grammar, music, steps, *fixed)
             length += steps
             tokens_BN = np.array(music.tokens_BN)
-            new = np.count_nonzero(np.cumsum(tokens_BN[~done_B, length - steps : length] == eos, axis=1) < 2)
+            new = np.count_nonzero(tokens_BN[:, length - steps : length] != eos)  # pieces that have ended add none
             bar.update(new)
             written += new
             if is_enough:
@@ -417,11 +417,8 @@ def longest_copies(samples, train, tokenizer):
     return longest
 
 
-FIGURES = ["pitch-class entropy", "scale consistency", "polyphony", "notes a second", "groove"]
-
-
 def measure(notes):
-    """A piece's FIGURES, by the definitions of MusPy (Dong et al. 2020).
+    """Figures of a piece, by the definitions of MusPy (Dong et al. 2020).
 
     Entropy is in bits; scale consistency the share of notes in the best major or minor scale; polyphony the number of
     notes that sound, while any does; groove consistency 1 - the share of sixteenths, of bars of 2 s, on which one of
@@ -437,7 +434,10 @@ def measure(notes):
     bars = np.zeros((sixteenths[-1] // 16 + 1, 16), bool)
     bars.flat[sixteenths] = True
     groove = 1 - (bars[1:] != bars[:-1]).mean() if len(bars) > 1 else math.nan
-    return entropy, max(in_scale), polyphony, len(start) / end.max(), groove
+    return {
+        "pitch-class entropy": entropy, "scale consistency": max(in_scale), "polyphony": polyphony,
+        "notes a second": len(start) / end.max(), "groove": groove,
+    }  # fmt: skip
 
 
 def compare(samples, folder, tokenizer):
@@ -453,11 +453,11 @@ def compare(samples, folder, tokenizer):
     except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"{folder}: no training data to compare with ({error}); name its folder with --data")
     longest = max(len(notes["time"]) for notes in samples)
-    rows = [measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out]
-    usual = np.mean(rows, axis=0) if rows else [math.nan] * len(FIGURES)
+    usual = [measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out]
+    mean = lambda name: np.mean([figures[name] for figures in usual]) if usual else math.nan
     lines = []
     for notes, copied in zip(samples, longest_copies([notes["pitch"] for notes in samples], train, tokenizer)):
-        figures = [f"{name} {own:.2f} ({mean:.2f})" for name, own, mean in zip(FIGURES, measure(notes), usual)]
+        figures = [f"{name} {value:.2f} ({mean(name):.2f})" for name, value in measure(notes).items()]
         count = len(notes["time"])
         lines.append(", ".join([f"longest copy {copied} of {count} notes = {copied / count:.0%}", *figures]))
     return lines
@@ -485,15 +485,12 @@ SAMPLE_RATE = 32_000  # of .wav files
 @functools.cache
 def tone(pitch, loudness):
     """A struck string that rings on: decaying, slightly stretched partials, brighter when loud (0 to 3)."""
-    frequency = 440 * 2 ** ((pitch - 69) / 12)
+    frequency, k = 440 * 2 ** ((pitch - 69) / 12), np.arange(1, 17, dtype=np.float32)[:, None]
     time = np.arange(int(SAMPLE_RATE * 5 * 2 ** ((60 - pitch) / 36)), dtype=np.float32) / SAMPLE_RATE
-    sound = np.zeros_like(time)
-    for k in range(1, 17):
-        partial = frequency * k * (1 + 3e-4 * k * k) ** 0.5
-        if partial < 0.45 * SAMPLE_RATE:
-            level = k ** (0.25 * loudness - 2.1) * abs(np.sin(k / 2.64))
-            decay = np.exp(-time * (0.5 + 0.22 * k) * (frequency / 220) ** 0.5)
-            sound += level * decay * np.sin(2 * np.pi * partial * time + k)
+    partial = frequency * k * (1 + 3e-4 * k * k) ** 0.5
+    level = k ** (0.25 * loudness - 2.1) * abs(np.sin(k / 2.64)) * (partial < 0.45 * SAMPLE_RATE)
+    decay = np.exp(-time * (0.5 + 0.22 * k) * (frequency / 220) ** 0.5)
+    sound = (level * decay * np.sin(2 * np.pi * partial * time + k)).sum(axis=0)
     return sound * np.minimum(1, 400 * time) / np.abs(sound).max()
 
 
