@@ -16,6 +16,8 @@ import importlib.util
 import json
 import math
 import re
+import sys
+import tempfile
 import time
 import wave
 from pathlib import Path
@@ -126,6 +128,8 @@ def chord(name):
 
 def motif(name):
     """ "E5" -> [76], "[C4,E4]" -> [60, 64], "R" -> []"""
+    if not re.fullmatch(r"\[[^\[\]]+\]|[^\[\]]+", name):
+        raise ValueError(f"{name!r} is not a note or a chord; write C4 or [C4,E4], without spaces")
     return [] if name == "R" else [pitch_of(note) for note in name.strip("[]").split(",")]
 
 
@@ -142,7 +146,7 @@ def with_lengths(text, read, usual):
     steps = []
     for word in text.split():
         name, _, beats = word.partition(":")
-        if not 0.01 <= float(beats or usual) <= 64:
+        if not re.fullmatch(r"[\d.]*", beats) or not 0.01 <= float(beats or usual) <= 64:
             raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
         steps.append((read(name), float(beats or usual)))
     return steps
@@ -167,6 +171,7 @@ def read_prompt(args, tokenizer):
     if args.prompt:
         try:
             score = midi_tokenize.read_midi(args.prompt)
+            midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or lasts for years
             if args.prompt_bars:
                 bar_lines = [*get_bars_ticks(score), score.end()]
                 score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
@@ -177,12 +182,19 @@ def read_prompt(args, tokenizer):
         score = midi_tokenize.prepare(text_to_score(args), tokenizer)
     else:
         return []
-    return midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
+    ids = midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
+    try:
+        to_score(ids, tokenizer)
+    except ValueError:
+        raise ValueError(f"--prompt_tokens {args.prompt_tokens}: too few for a note") from None
+    return ids
 
 
 def first_seconds(score, seconds):
     """Only the notes that begin within so many seconds."""
     count = int(np.searchsorted(notes_of(score)["time"], seconds))
+    if not count:
+        raise ValueError(f"no note begins in its first {seconds:g} seconds")
     return score.clip(0, score.tracks[0].notes[count - 1].time + 1)
 
 
@@ -217,6 +229,11 @@ class Grammar(NamedTuple):
     def allows(self, state_B3):
         rises_BV = (self.first_V2 > state_B3[:, None, 1:]).all(axis=-1)
         return self.follows_KV[state_B3[:, 0]] & rises_BV
+
+    def after(self, tokens):
+        """The state [3] after these tokens of one piece."""
+        states = np.vstack([self.start_3, np.array(self.after_V3)[np.array(tokens, int)]])
+        return jnp.array([column[column != KEEP][-1] for column in states.T])
 
     def step(self, state_B3, token_B):
         after_B3 = self.after_V3[token_B]
@@ -360,7 +377,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
     cache = empty_cache(model.cfg, 1, model.token_VD.dtype, slots)
     if length - 1 > begin:
         cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)  # once, for all pieces begin alike
-    state_3 = functools.reduce(grammar.step, prompt[1:], grammar.start_3)
+    state_3 = grammar.after(prompt[1:])
     cache, state_B3 = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), (cache, state_3[None]))
     done_B = np.zeros(rows, bool)
     music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state_B3, jnp.array(done_B))
@@ -381,7 +398,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
             music = continue_music(model, grammar, music, steps, *fixed)
             length += steps
             tokens_BN = np.array(music.tokens_BN)
-            new = np.count_nonzero(np.cumsum(tokens_BN[~done_B, length - steps : length] == eos, axis=1) < 2)
+            new = np.count_nonzero(tokens_BN[:, length - steps : length] != eos)  # pieces that have ended add none
             bar.update(new)
             written += new
             if is_enough:
@@ -417,11 +434,8 @@ def longest_copies(samples, train, tokenizer):
     return longest
 
 
-FIGURES = ["pitch-class entropy", "scale consistency", "polyphony", "notes a second", "groove"]
-
-
 def measure(notes):
-    """A piece's FIGURES, by the definitions of MusPy (Dong et al. 2020).
+    """Figures of a piece, by the definitions of MusPy (Dong et al. 2020).
 
     Entropy is in bits; scale consistency the share of notes in the best major or minor scale; polyphony the number of
     notes that sound, while any does; groove consistency 1 - the share of sixteenths, of bars of 2 s, on which one of
@@ -437,7 +451,10 @@ def measure(notes):
     bars = np.zeros((sixteenths[-1] // 16 + 1, 16), bool)
     bars.flat[sixteenths] = True
     groove = 1 - (bars[1:] != bars[:-1]).mean() if len(bars) > 1 else math.nan
-    return entropy, max(in_scale), polyphony, len(start) / end.max(), groove
+    return {
+        "pitch-class entropy": entropy, "scale consistency": max(in_scale), "polyphony": polyphony,
+        "notes a second": len(start) / end.max(), "groove": groove,
+    }  # fmt: skip
 
 
 def overlap(a, b):
@@ -450,30 +467,34 @@ def overlap(a, b):
     return np.minimum(density(a), density(b)).sum() / density(a).sum()
 
 
-def compare(samples, folder, tokenizer):
+def compare(samples, folder, tokenizer, tokenizer_sha256):
     """One line about each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
-    train, held_out = [], []
+    figures, usual, copies = [measure(notes) for notes in samples], [], None
+    longest = max(len(notes["time"]) for notes in samples)
     try:
         facts = json.loads((folder / "meta.json").read_text())
-        if facts["vocab_size"] != len(tokenizer):
+        if facts["tokenizer_sha256"] != tokenizer_sha256:
             raise ValueError("made with another tokenizer")
         train, val = (np.memmap(folder / f"{side}.bin", facts["dtype"], "r") for side in ("train", "val"))
-        begins = np.flatnonzero(val == tokenizer["BOS_None"])[:65]
-        held_out = [notes_of(to_score(val[i:j].tolist(), tokenizer)) for i, j in zip(begins, begins[1:])]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        begins = np.flatnonzero(val == tokenizer["BOS_None"])
+        for begin, end in zip(begins[:64], [*begins[1:], len(val)]):
+            notes = notes_of(to_score(val[begin:end].tolist(), tokenizer))
+            usual.append(measure({key: column[:longest] for key, column in notes.items()}))
+        copies = longest_copies([notes["pitch"] for notes in samples], train, tokenizer)
+    except Exception as error:  # whatever missing or damaged data makes json, numpy and miditok raise
         print(f"{folder}: no training data to compare with ({error}); name its folder with --data")
-    longest = max(len(notes["time"]) for notes in samples)
-    rows = [measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out]
-    usual = np.nanmean(rows, axis=0) if rows else [math.nan] * len(FIGURES)
-    own_rows = [measure(notes) for notes in samples]
-    if rows and len(samples) >= 16:  # enough for distributions
-        areas = [f"{name} {overlap(a, b):.2f}" for name, a, b in zip(FIGURES, zip(*own_rows), zip(*rows))]
-        print(f"overlap of {len(samples)} samples with {len(rows)} held-out pieces: {', '.join(areas)}")
+        return [", ".join(f"{name} {value:.2f}" for name, value in row.items()) for row in figures]
+
+    column = lambda rows, name: np.array([row[name] for row in rows])
+    if len(samples) >= 16:  # enough for distributions
+        areas = [f"{name} {overlap(column(figures, name), column(usual, name)):.2f}" for name in figures[0]]
+        print(f"overlap of {len(samples)} samples with {len(usual)} held-out pieces: {', '.join(areas)}")
     lines = []
-    for notes, row, copied in zip(samples, own_rows, longest_copies([n["pitch"] for n in samples], train, tokenizer)):
-        figures = [f"{name} {own:.2f} ({mean:.2f})" for name, own, mean in zip(FIGURES, row, usual)]
+    for row, notes, copied in zip(figures, samples, copies):
         count = len(notes["time"])
-        lines.append(", ".join([f"longest copy {copied} of {count} notes = {copied / count:.0%}", *figures]))
+        parts = [f"longest copy {copied} of {count} notes = {copied / count:.0%}"]
+        parts += [f"{name} {value:.2f} ({np.nanmean(column(usual, name)):.2f})" for name, value in row.items()]
+        lines.append(", ".join(parts))
     return lines
 
 
@@ -499,15 +520,12 @@ SAMPLE_RATE = 32_000  # of .wav files
 @functools.cache
 def tone(pitch, loudness):
     """A struck string that rings on: decaying, slightly stretched partials, brighter when loud (0 to 3)."""
-    frequency = 440 * 2 ** ((pitch - 69) / 12)
+    frequency, k = 440 * 2 ** ((pitch - 69) / 12), np.arange(1, 17, dtype=np.float32)[:, None]
     time = np.arange(int(SAMPLE_RATE * 5 * 2 ** ((60 - pitch) / 36)), dtype=np.float32) / SAMPLE_RATE
-    sound = np.zeros_like(time)
-    for k in range(1, 17):
-        partial = frequency * k * (1 + 3e-4 * k * k) ** 0.5
-        if partial < 0.45 * SAMPLE_RATE:
-            level = k ** (0.25 * loudness - 2.1) * abs(np.sin(k / 2.64))
-            decay = np.exp(-time * (0.5 + 0.22 * k) * (frequency / 220) ** 0.5)
-            sound += level * decay * np.sin(2 * np.pi * partial * time + k)
+    partial = frequency * k * (1 + 3e-4 * k * k) ** 0.5
+    level = k ** (0.25 * loudness - 2.1) * abs(np.sin(k / 2.64)) * (partial < 0.45 * SAMPLE_RATE)
+    decay = np.exp(-time * (0.5 + 0.22 * k) * (frequency / 220) ** 0.5)
+    sound = (level * decay * np.sin(2 * np.pi * partial * time + k)).sum(axis=0)
     return sound * np.minimum(1, 400 * time) / np.abs(sound).max()
 
 
@@ -677,14 +695,14 @@ def compose(args, model, tokenizer, prompt, grammar):
     limit = onsets[-1] + (args.seconds or math.inf)
     is_enough = lambda ids: tokenizer.decode([ids]).to("second").end() > limit
     seeds = range(args.num_samples) if args.num_samples else args.seeds
-    grid = [(seed, temperature) for seed in seeds for temperature in args.temperatures]
+    grid = list(dict.fromkeys((seed, temperature) for seed in seeds for temperature in args.temperatures))
     all_ids, tokens_per_second = generate(
         model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
         (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None, progress=True,
     )  # fmt: skip
     pieces = []
     for (seed, temperature), ids in zip(grid, all_ids):
-        name = f"seed {seed}, temperature {temperature:g}"
+        name = f"seed {seed}, temperature {temperature}"
         given = len(onsets) if prompt and not args.only_generated else 0
         try:
             score = to_score(ids[len(prompt) if args.only_generated else 0 :], tokenizer)
@@ -707,13 +725,20 @@ def main():
         locked = scale(args.scale_lock) if args.scale_lock else range(12)
         grammar = build_grammar(tokenizer, {pitch % 12 for pitch in locked})
         args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # can it be written to?
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    pieces, tokens_per_second = compose(args, model, tokenizer, prompt, grammar)
+    try:
+        pieces, tokens_per_second = compose(args, model, tokenizer, prompt, grammar)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        parser.error("out of memory: ask for fewer pieces at once, or a smaller --max_tokens")
     if not pieces:
-        parser.error("nothing was composed; try other --seeds or more --max_tokens")
+        parser.error("nothing was composed; try other --seeds, more --max_tokens or more --seconds")
     new = [{key: column[piece.given :] for key, column in piece.notes.items()} for piece in pieces]
-    figures = compare(new, args.data or Path(facts.get("data", "data")), tokenizer)
+    data = args.data or Path(str(facts.get("data", "data")))
+    figures = compare(new, data, tokenizer, facts.get("tokenizer_sha256"))
 
     paths = [args.out / "index.html"]
     write_page(paths[0], pieces, figures)
@@ -728,4 +753,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped: no piece was finished")

@@ -1824,10 +1824,10 @@ def test_sample_longest_copy_is_found_in_any_key(sample_tokenizer):
 
 def test_sample_figures_follow_their_definitions():
     chords = {"time": np.repeat(np.arange(8) * 1.0, 2), "duration": np.full(16, 0.5), "pitch": np.tile([60, 67], 8)}
-    entropy, in_scale, polyphony, density, groove = sample.measure(chords)
+    entropy, in_scale, polyphony, density, groove = sample.measure(chords).values()
     assert (entropy, in_scale, polyphony, groove) == (1, 1, 2, 1) and density == pytest.approx(16 / 7.5)
     chromatic = {"time": np.arange(12) * 0.5, "duration": np.full(12, 0.75), "pitch": np.arange(60, 72)}
-    entropy, in_scale, polyphony, _, _ = sample.measure(chromatic)
+    entropy, in_scale, polyphony, _, _ = sample.measure(chromatic).values()
     assert entropy == pytest.approx(math.log2(12)) and in_scale == pytest.approx(7 / 12)
     assert polyphony == pytest.approx(9 / 6.25)
 

@@ -302,7 +302,7 @@ def published_split(table):
     """MAESTRO's own table -> {path of a MIDI file: (piece, side)}."""
     published, sides = {}, {"train": "train", "validation": "val", "test": "test"}
     try:
-        with open(table, encoding="utf-8", newline="") as rows:
+        with open(table, encoding="utf-8-sig", newline="") as rows:
             for row in csv.DictReader(rows):
                 piece = f"{row['canonical_composer']}: {row['canonical_title']}"
                 published[table.parent / row["midi_filename"]] = piece, sides[row["split"]]
@@ -316,6 +316,8 @@ def fetch(source, work):
     address = DATASETS.get(source, source)
     if not os.path.exists(source) and "://" not in address:
         raise Refused(f"{source}: no such file or folder, nor a data set ({', '.join(DATASETS)})")
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise Refused(f"{source}: neither a file nor a folder")
     try:
         work.mkdir()
         archive = Path(source) if os.path.exists(source) else download(address, work)
@@ -323,7 +325,8 @@ def fetch(source, work):
         unpack(archive, folder)
         return folder
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
-        raise Refused(f"{source}: not a whole .zip or .tar.gz ({error}); if downloaded, run again") from error
+        reason, again = " ".join(str(error).split()), "; run again" if "://" in address else ""
+        raise Refused(f"{source}: not a whole .zip or .tar.gz ({reason}){again}") from error
 
 
 def download(address, folder):
@@ -451,7 +454,7 @@ def train_bpe(tokenizer, takes, base, vocab_size):
     """Teach the tokenizer to join what often stands together; of a large corpus, in evenly spaced files."""
     notes = sum(take.notes for take in takes)
     if vocab_size is None:
-        vocab_size = min(10_000, max(1000, round(notes // 2000, -3)))
+        vocab_size = min(10_000, max(1000, round(notes // 4000, -3)))
         print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
     texts = [bar_words(base[take.span], tokenizer) for take in takes[:: math.ceil(notes / BPE_NOTES)]]
     tokenizer.train(vocab_size=vocab_size, iterator=texts)
