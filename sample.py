@@ -686,7 +686,7 @@ def load_run(folder):
         model = turn_matrices(jax.tree.map(jnp.array, model))
     else:
         model = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.bfloat16), model)
-    return model, tokenizer, facts
+    return model, tokenizer, facts | {"tokenizer_sha256": digest}
 
 
 def compose(args, model, tokenizer, prompt, grammar):
@@ -738,7 +738,7 @@ def main():
         parser.error("nothing was composed; try other --seeds, more --max_tokens or more --seconds")
     new = [{key: column[piece.given :] for key, column in piece.notes.items()} for piece in pieces]
     data = args.data or Path(str(facts.get("data", "data")))
-    figures = compare(new, data, tokenizer, facts.get("tokenizer_sha256"))
+    figures = compare(new, data, tokenizer, facts["tokenizer_sha256"])
 
     paths = [args.out / "index.html"]
     write_page(paths[0], pieces, figures)

@@ -1671,7 +1671,8 @@ def watched_sampling(tokenizer, given, drop=None, **more):
     class Watched(model.Decoder):
         def __call__(self, tokens_BT, **more):
             logits_BTV, cache = super().__call__(tokens_BT, **more)
-            jax.debug.callback(lambda logits: seen.append(np.array(logits)), logits_BTV[:, 0], ordered=True)
+            if tokens_BT.shape[1] == 1:  # else it reads a window, and draws nothing from it
+                jax.debug.callback(lambda logits: seen.append(np.array(logits)), logits_BTV[:, 0], ordered=True)
             return logits_BTV, cache
 
     watched = Watched(model.Config(len(tokenizer), 32, 2, 2, context=32, **more), jax.random.key(0))
