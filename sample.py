@@ -171,8 +171,8 @@ def read_prompt(args, tokenizer):
     if args.prompt:
         try:
             score = midi_tokenize.read_midi(args.prompt)
-            midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or lasts for years
             if args.prompt_bars:
+                midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or bars for years
                 bar_lines = [*get_bars_ticks(score), score.end()]
                 score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
             score = first_seconds(midi_tokenize.prepare(score, tokenizer), args.prompt_seconds or math.inf)
@@ -370,6 +370,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
     rows, length, context = len(seeds), len(prompt), model.cfg.context
     total, drop = length + max_tokens, window_drop or context // 2
     begin = drop * max(0, math.ceil((length - context) / drop))
+    longest = math.inf if model.cfg.rotary else context  # window, before it has to be read again
     tokens_BN = np.full((rows, total), eos, np.int32)
     tokens_BN[:, :length] = prompt
 
@@ -388,13 +389,11 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
     started, written = time.perf_counter(), 0
     with tqdm(total=rows * max_tokens, unit=" tokens", desc="composing", disable=not progress) as bar:
         while length < total and not done_B.all():
-            if length > begin + context and not model.cfg.rotary:
+            if length > begin + longest:
                 begin += drop
                 cache = read_window(model, tokens_BN[:, begin : length - 1], music.cache)
                 music = music._replace(cache=cache, begin=jnp.int32(begin))
-            steps = min(32, total - length)
-            if not model.cfg.rotary:
-                steps = min(steps, begin + context + 1 - length)
+            steps = min(32, total - length, begin + longest + 1 - length)
             music = continue_music(model, grammar, music, steps, *fixed)
             length += steps
             tokens_BN = np.array(music.tokens_BN)
@@ -469,7 +468,7 @@ def overlap(a, b):
 
 def compare(samples, folder, tokenizer, tokenizer_sha256):
     """One line about each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
-    figures, usual, copies = [measure(notes) for notes in samples], [], None
+    figures, usual = [measure(notes) for notes in samples], []
     longest = max(len(notes["time"]) for notes in samples)
     try:
         facts = json.loads((folder / "meta.json").read_text())
@@ -715,6 +714,20 @@ def compose(args, model, tokenizer, prompt, grammar):
     return pieces, tokens_per_second
 
 
+def write(args, pieces, figures):
+    """The page, and a .mid and .wav file for each Piece: their paths."""
+    page, paths = args.out / "index.html", []
+    for piece, line in zip(pieces, figures):
+        print(f"{piece.name}: {line}")
+        paths.append(args.out / f"{piece.name.replace(', ', '_').replace(' ', '')}.mid")
+        paths[-1].write_bytes(pedal_to_controls(piece.score).dumps_midi())
+        if args.wav:
+            paths.append(paths[-1].with_suffix(".wav"))
+            write_wav(paths[-1], piece.notes)
+    write_page(page, pieces, figures)
+    return [page, *paths]
+
+
 def main():
     parser, args = parse_flags()
     try:
@@ -740,15 +753,10 @@ def main():
     data = args.data or Path(str(facts.get("data", "data")))
     figures = compare(new, data, tokenizer, facts["tokenizer_sha256"])
 
-    paths = [args.out / "index.html"]
-    write_page(paths[0], pieces, figures)
-    for piece, line in zip(pieces, figures):
-        print(f"{piece.name}: {line}")
-        paths.append(args.out / f"{piece.name.replace(', ', '_').replace(' ', '')}.mid")
-        pedal_to_controls(piece.score).dump_midi(paths[-1])
-        if args.wav:
-            paths.append(paths[-1].with_suffix(".wav"))
-            write_wav(paths[-1], piece.notes)
+    try:
+        paths = write(args, pieces, figures)
+    except OSError as error:
+        sys.exit(f"--out {args.out}: not all was written ({error.strerror})")
     print(f"tokens_per_second={tokens_per_second:.1f}", *paths, sep="\n")
 
 

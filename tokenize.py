@@ -523,7 +523,7 @@ def compose_corpus(count, seed, folder):
     """Compose études into a folder, which is returned; no two seeds share one."""
     folder.mkdir()
     for number in tqdm(range(count), "composing", unit=" études"):
-        compose(seed * 1_000_000 + number).dump_midi(folder / f"{number:06d}.mid")
+        (folder / f"{number:06d}.mid").write_bytes(compose(seed * 1_000_000 + number).dumps_midi())
     return folder
 
 
