@@ -1359,7 +1359,7 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
     assert "multiple of twice --heads 5" in say("--data", markov, "--heads", 5)
     assert "this device, --precision and shape allow xla" in say("--data", markov, "--attention", "cudnn")
     assert "--layers 0" in say("--data", markov, "--layers", 0)
-    assert "--steps x" in say("--data", markov, "--steps", "x").replace("'", "").replace("argument --steps: invalid int value:", "--steps")
+    assert "--steps: invalid int value" in say("--data", markov, "--steps", "x")
     assert "7 does not divide over 1 devices x --accumulate 2; the nearest that does is 8" in say(
         "--data", markov, "--batch_size", 7, "--accumulate", 2
     ).replace(":", "")
@@ -1371,12 +1371,26 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
             capsys, "--run", trained, "--resume", f"--{name}", value)
     assert "--rotary True" in say("--data", markov, "--init_from", trained / "best.ckpt", "--rotary")
     assert "--size, --recipe" in mistake(capsys, "--run", trained, "--resume", "--recipe", "modern")
+    assert "--optimizer muon" in mistake(capsys, "--run", trained, "--resume", "--optimizer", "muon")
     for name in ("learning_rate", "weight_decay", "grad_clip", "bos_share", "max_hours", "dropout"):
         assert f"--{name} nan: must be from" in say("--data", markov, f"--{name}", "nan")
     assert "Not a directory" in say("--data", markov, "--run", markov / "meta.json/run")
     assert "--seed" in say("--data", markov, "--seed", 2**32)
     assert "no music" in say("--data", broken("silent", val={**json.loads((markov / "meta.json").read_text())["val"], "notes": 0}))
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_checkpoint_says_is_checked_like_flags(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with np.load(run / "last.ckpt") as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays.pop("meta")))
+    changes = [{"step": "soon"}, {"best": None}, {"config": 7}, {"tokenizer_sha256": 5}, {"flags": None}]
+    changes += [{"flags": meta["flags"] | flag} for flag in ({"steps": [1]}, {"precision": "float64"}, {"weight_decay": -4})]
+    for change in changes:
+        with open(run / "last.ckpt", "wb") as file:
+            np.savez(file, meta=json.dumps(meta | change), **arrays)
+        mistake(capsys, "--run", run, "--resume")
 
 
 def test_overwriting_destroys_nothing_before_the_first_step(markov, trained, tmp_path, monkeypatch):
@@ -1914,6 +1928,13 @@ def test_sample_writes_nothing_where_nothing_was_composed(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stopped:
         run_sample(monkeypatch, "--run", run, "--out", tmp_path / "out")
     assert stopped.value.code == 2 and not list((tmp_path / "out").iterdir())
+
+
+def test_sample_says_so_when_the_disk_is_full(tmp_path, monkeypatch, sample_run):
+    (tmp_path / "index.html").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="not all was written .No space left on device"):
+        run_sample(monkeypatch, "--run", sample_run, "--out", tmp_path, "--seeds", 0, "--max_tokens", 50)
+    assert [path.name for path in tmp_path.glob("*.mid")] == ["seed0_temperature0.9.mid"]
 
 
 class Browser:

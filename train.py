@@ -12,6 +12,7 @@ Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens,
 import argparse
 import csv
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -135,13 +137,17 @@ def read_flags(argv):
     ampere = re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None  # or newer; an AMD GPU says, for example, gfx942
     parser.set_defaults(precision="bfloat16" if platform == "tpu" or ampere else "float32", attention=None)
     size = args.size or ("tiny" if platform == "cpu" else "base")
-    parser.set_defaults(size=size, recipe=args.recipe or "default", **SIZES[size] | RECIPES[args.recipe or "default"])
+    recipe = args.recipe or "default"
+    parser.set_defaults(size=size, recipe=recipe, **SIZES[size] | RECIPES[recipe])
     try:
         if args.init_from:
             config = load(args.init_from)[1]["config"]
             parser.set_defaults(**{name: config[name] for name in MODEL_FLAGS if name != "attention"})
-        if args.resume:
-            parser.set_defaults(**load(Path(args.run) / "last.ckpt")[1]["flags"])
+        if args.resume:  # as if the run's flags were typed before those of today, which win
+            flags = dict(load(Path(args.run) / "last.ckpt")[1]["flags"])
+            typed = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()
+                     if value is not None and value is not False]  # fmt: skip
+            argv = typed + (sys.argv[1:] if argv is None else argv)
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
 
@@ -347,23 +353,29 @@ def start(args, data, mesh, optimizer):
     facts |= {name: data.meta[name] for name in ("bos", "eos", "pad")}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
     try:
-        made = load(source)[1] if source else {"tokenizer_sha256": data.sha256, "config": {}}
-        if made["tokenizer_sha256"] != data.sha256:
-            raise ValueError(f"{source}: trained with tokenizer {made['tokenizer_sha256'][:12]}, {data.folder} has "
-                             f"{data.sha256[:12]}; its token ids mean other things")  # fmt: skip
-        for name in made["config"].keys() - {"dropout", "attention"}:
-            if made["config"][name] != getattr(cfg, name):
-                raise ValueError(f"--{name} {getattr(cfg, name)}: {source} was made with {made['config'][name]}")
-        if args.resume:
-            state, meta = load(source, state)
-            facts |= {name: meta[name] for name in ("step", "seconds", "best")}
-        elif source:
-            state |= load(source, {"model": state["model"]})[0]
+        if source:
+            made = load(source)[1]
+            if made["tokenizer_sha256"] != data.sha256:
+                raise ValueError(f"{source}: trained with tokenizer {made['tokenizer_sha256'][:12]}, {data.folder} has "
+                                 f"{data.sha256[:12]}; its token ids mean other things")  # fmt: skip
+            theirs = dataclasses.asdict(Config()) | made["config"] | {"optimizer": made["flags"]["optimizer"]}
+            free = ["dropout", "attention"] if args.resume else ["dropout", "attention", "optimizer"]
+            for name, value in {**facts["config"], "optimizer": args.optimizer}.items():
+                if name not in free and value != theirs[name]:
+                    raise ValueError(f"--{name} {value}: {source} was made with {theirs[name]}")
+            if args.resume:
+                facts |= {name: type(facts[name])(made[name]) for name in ("step", "seconds", "best")}
+            state |= load(source, state if args.resume else {"model": state["model"]})[0]
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
 
-    if jax.process_index() == 0 and not args.resume and not args.overwrite and (run / "last.ckpt").exists():
-        fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
+    if jax.process_index() == 0:
+        if (run / "last.ckpt").exists() and not args.resume and not args.overwrite:
+            fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--run {run}: {error.strerror}")
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
 
@@ -555,6 +567,7 @@ def compile_report(args, devices):
     on_mesh = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
     state = jax.tree.map(lambda x: on_mesh(x, REPLICATED), jax.eval_shape(lambda: fresh_state(cfg, 0, optimizer)))
 
+    @functools.cache  # a compilation takes a minute
     def compiled(rows):  # a micro-batch of so many windows on each device
         at = argparse.Namespace(**vars(args) | {"batch_size": rows * len(devices) * args.accumulate})
         tokens = jax.ShapeDtypeStruct((args.accumulate, rows * len(devices), args.context + 1), np.int32)
@@ -595,10 +608,6 @@ def main(argv=None):
     args, devices = read_flags(argv)
     if args.compile_for:
         return compile_report(args, devices)
-    try:
-        Path(args.run).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--run {args.run}: {error.strerror}")
     data = Data(args.data, args.context)
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     try:
