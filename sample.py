@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 from miditok.constants import CHORD_MAPS
 from miditok.utils import get_bars_ticks
-from numpy.lib.stride_tricks import sliding_window_view
 from symusic import ControlChange, Note, Score, Tempo, Track
 from tqdm import tqdm
 
