@@ -1,4 +1,4 @@
-"""The network of TchAIkovsky on two screens: a GPT-2-style decoder whose attention and MLP run in parallel.
+"""The network of TchAIkovsky: a GPT-2-style decoder whose attention and MLP run in parallel.
 
     from model import Config, Decoder
     model = Decoder(Config(vocab_size=2000, dim=128, heads=4, layers=4, context=256), jax.random.key(0))
@@ -8,6 +8,7 @@ Names end in their shape where it changes:
     B batch   T tokens   S cached tokens   D width   H heads   K head size (D = H K)   E = 3 D   F = 4 D   V vocabulary
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -61,16 +62,22 @@ def dropout(x_BTD, seed_B, rate):
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
     """softmax(q k / sqrt(K)) v over the tokens up to each one, through the kernel that Config.attention names."""
-    B, T, H, K = q_BTHK.shape
     if kind == "cudnn":
         return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
     q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if kind == "xla":  # no fused kernel: blocks of queries, each with the keys up to its end, save half the work
+        T = q_BTHK.shape[1]
         blocks = [slice(start, min(start + 128, T)) for start in range(0, T, 128)]
         mixed = [attend(q_BHTK[:, :, b], k_BHTK[:, :, : b.stop], v_BHTK[:, :, : b.stop], b.start) for b in blocks]
         return jnp.concatenate(mixed, axis=1)
+    return splash_attention(q_BHTK, k_BHTK, v_BHTK)
+
+
+def splash_attention(q_BHTK, k_BHTK, v_BHTK):
+    """The TPU's fused kernel, in blocks that divide T: [B, T, H, K]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+    H, T, K = q_BHTK.shape[1:]
     block = next(size for size in (1024, 512, 256, 128) if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
@@ -88,7 +95,8 @@ def attend(q_BHTK, k_BHSK, v_BHSK, start):
     T, K, S = q_BHTK.shape[2], q_BHTK.shape[3], k_BHSK.shape[2]
     scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * K**-0.5, k_BHSK, preferred_element_type=jnp.float32)
     position_T1 = start + jnp.arange(T)[:, None]
-    visible_TS = (position_T1 - jnp.arange(S)) % S <= position_T1  # slot s holds the last token s, s + S, s + 2 S, ...
+    # slot s holds the last of the tokens s, s + S, s + 2 S, ...: with S = 4, token 5 finds tokens 4, 5, 2, 3
+    visible_TS = (position_T1 - jnp.arange(S)) % S <= position_T1
     scores_BHTS = jnp.where(visible_TS, scores_BHTS, -1e30)
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
     sums_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
@@ -221,18 +229,25 @@ def parameter_count(model):
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
-def save(path, tree, **meta):
-    """Write a tree of arrays and JSON-able facts as .npz, whole or not at all: a kill or a full disk costs nothing."""
-    arrays = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+@contextlib.contextmanager
+def whole(path, mode="wb"):
+    """A file to write that takes the place of `path` once it is complete: a kill or a full disk costs nothing."""
     beside = Path(f"{path}.tmp")
     try:
-        with open(beside, "wb") as file:
-            np.savez(file, meta=json.dumps(meta), **jax.device_get(arrays))
+        with open(beside, mode) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def save(path, tree, **meta):
+    """Write a tree of arrays and JSON-able facts as .npz, whole or not at all."""
+    arrays = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    with whole(path) as file:
+        np.savez(file, meta=json.dumps(meta), **jax.device_get(arrays))
 
 
 def load(path, like=()):

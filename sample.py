@@ -41,8 +41,9 @@ midi_tokenize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(midi_tokenize)
 
 CHORDS = {  # how people write a chord: miditok's name for it
-    "": "maj", "m": "min", "dim": "dim", "aug": "aug", "sus2": "sus2", "sus4": "sus4", "7": "7dom", "m7": "7min",
-    "maj7": "7maj", "m7b5": "7halfdim", "dim7": "7dim", "augmaj7": "7aug", "9": "9maj", "7b9": "9min",
+    "": "maj", "maj": "maj", "m": "min", "min": "min", "dim": "dim", "aug": "aug", "sus2": "sus2", "sus4": "sus4",
+    "7": "7dom", "m7": "7min", "maj7": "7maj", "m7b5": "7halfdim", "dim7": "7dim", "augmaj7": "7aug", "9": "9maj",
+    "7b9": "9min",
 }  # fmt: skip
 SCALES = {
     "major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "harmonic": (0, 2, 3, 5, 7, 8, 11),
@@ -77,7 +78,7 @@ def parse_flags():
     flag("--prompt_tokens", type=count, metavar="N", help="only its first N tokens")
     flag("--prompt_seconds", type=seconds, metavar="S", help="only its first S seconds")
     flag("--prompt_bars", type=count, metavar="N", help="only its first N bars, by its own time signatures")
-    flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; kinds: {" ".join(CHORDS)}')
+    flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; kinds: C{" C".join(CHORDS)}')
     flag("--scale", help=f'one octave upwards: "D minor"; kinds: {" ".join(SCALES)}')
     flag("--motif", help='notes with lengths in beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
     flag("--bpm", type=number(float, 10, 500), default=90, help="beats a minute of these three (default: 90)")
@@ -121,7 +122,7 @@ def chord(name):
     """ "Dm7" -> [50, 53, 57, 60]"""
     root, kind = re.fullmatch(r"([A-G]?[#b]?)(.*)", name).groups()
     if kind not in CHORDS:
-        raise ValueError(f"{name!r} is not a chord; write a note and one of: {' '.join(CHORDS)}")
+        raise ValueError(f"{name!r} is not a chord; kinds: C{' C'.join(CHORDS)}")
     return [pitch_of(root) + interval for interval in CHORD_MAPS[CHORDS[kind]]]
 
 
@@ -134,20 +135,20 @@ def motif(name):
 
 def scale(text):
     """ "D minor" -> [62, 64, 65, ...]: one octave, from the D above middle C"""
-    root, _, kind = text.partition(" ")
+    root, _, kind = text.lower().partition(" ")
     if kind not in SCALES:
         raise ValueError(f"{text!r} is not a scale; write a note and one of: {' '.join(SCALES)}")
-    return [pitch_of(root) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
+    return [pitch_of(root.capitalize()) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
 
-def with_lengths(text, read, usual):
+def with_lengths(text, read, default):
     """ "G7 C:4", chord, 2 -> [([55, 59, 62, 65], 2), ([48, 52, 55], 4)]: pitches and beats of every word"""
     steps = []
     for word in text.split():
         name, _, beats = word.partition(":")
-        if not re.fullmatch(r"[\d.]*", beats) or not 0.01 <= float(beats or usual) <= 64:
+        if not re.fullmatch(r"[\d.]*", beats) or not 0.01 <= float(beats or default) <= 64:
             raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
-        steps.append((read(name), float(beats or usual)))
+        steps.append((read(name), float(beats or default)))
     return steps
 
 
@@ -182,6 +183,9 @@ def read_prompt(args, tokenizer):
     else:
         return []
     ids = midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
+    if not args.prompt and "Bar" in tokenizer.tokens_types_graph["Bar"]:  # go on in the bar where the text ends
+        bars = [tick // (4 * score.ticks_per_quarter) for tick in (score.tracks[0].notes[-1].time, score.end())]
+        ids += [tokenizer["Bar_None"]] * (bars[1] - bars[0])
     try:
         to_score(ids, tokenizer)
     except ValueError:
@@ -213,6 +217,9 @@ def base_tokens(tokenizer):
     return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
 
 
+KEEP, NOTHING = -9, 999  # in place of a number, below
+
+
 class Grammar(NamedTuple):
     """Which tokens may come next, given a state: the last kind of token, position in the bar and pitch of the chord.
 
@@ -221,7 +228,7 @@ class Grammar(NamedTuple):
     """
 
     follows_KV: jax.Array  # may this token come after a token of that kind?
-    first_V2: jax.Array  # position and pitch that it begins with; 999 where it brings none
+    first_V2: jax.Array  # position and pitch that it begins with; NOTHING where it brings none
     after_V3: jax.Array  # the state that it leaves; KEEP where it changes nothing
     start_3: jax.Array  # the state at the start of a piece
 
@@ -239,16 +246,13 @@ class Grammar(NamedTuple):
         return jnp.where(after_B3 == KEEP, state_B3, after_B3)
 
 
-KEEP = -9
-
-
 def build_grammar(tokenizer, pitch_classes=range(12)):
     """The grammar of this tokenizer's tokens; of those with notes, only those with nothing but these pitch classes."""
     graph = tokenizer.tokens_types_graph | {"BOS": {"Bar"}}
     kinds = [kind for kind in graph if kind not in ("PAD", "EOS", "PitchDrum")]
     vocabulary = base_tokens(tokenizer)
     follows_KV = np.zeros((len(kinds), len(vocabulary)), bool)
-    first_V2 = np.full((len(vocabulary), 2), 999)
+    first_V2 = np.full((len(vocabulary), 2), NOTHING)
     after_V3 = np.full((len(vocabulary), 3), KEEP)
     for token, parts in enumerate(vocabulary):
         parts = [part.split("_") for part in parts]
@@ -403,6 +407,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
                 enough_B = np.array([is_enough(row[1:length].tolist()) for row in tokens_BN])
                 music = music._replace(done_B=music.done_B | enough_B)
             done_B = np.array(music.done_B)
+        bar.total = bar.n  # pieces may end early
     pieces = [row[1 : row.index(eos) if eos in row else None] for row in tokens_BN.tolist()]
     return pieces, float(written / (time.perf_counter() - started))
 
@@ -411,7 +416,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
 
 
 def intervals(pitches, boundary):
-    """Pitches as bytes -> semitones from each to the next, a byte each; `boundary` to and from pitch 255."""
+    """Pitches as bytes -> semitones from each to the next, a byte each; `boundary` to and from 255, no pitch."""
     steps = np.diff(np.frombuffer(pitches, np.uint8).astype(np.int16))
     return np.where(abs(steps) < 100, steps, boundary).astype(np.int8).tobytes()
 
@@ -439,12 +444,13 @@ def measure(notes):
     notes that sound, while any does; groove consistency 1 - the share of sixteenths, of bars of 2 s, on which one of
     two neighbouring bars has an onset and the other has none.
     """
-    start, end = notes["time"], notes["time"] + notes["duration"]
+    start = notes["time"] - notes["time"][0]  # what follows a prompt begins late
+    end = start + notes["duration"]
     share = np.bincount(notes["pitch"] % 12, minlength=12) / len(start)
     entropy = -sum(p * np.log2(p) for p in share if p > 0)
     in_scale = [np.roll(share, -root)[list(SCALES[kind])].sum() for root in range(12) for kind in ("major", "minor")]
     pauses = (start[1:] - np.maximum.accumulate(end)[:-1]).clip(0).sum()
-    polyphony = (end - start).sum() / (end.max() - start[0] - pauses)
+    polyphony = (end - start).sum() / (end.max() - pauses)
     sixteenths = (start * 8).astype(int)
     bars = np.zeros((sixteenths[-1] // 16 + 1, 16), bool)
     bars.flat[sixteenths] = True
@@ -467,22 +473,22 @@ def overlap(a, b):
 
 def compare(samples, folder, tokenizer, tokenizer_sha256):
     """One line about each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
-    figures, usual = [measure(notes) for notes in samples], []
-    longest = max(len(notes["time"]) for notes in samples)
+    figures = [measure(notes) for notes in samples]
     try:
         facts = json.loads((folder / "meta.json").read_text())
         if facts["tokenizer_sha256"] != tokenizer_sha256:
             raise ValueError("made with another tokenizer")
         train, val = (np.memmap(folder / f"{side}.bin", facts["dtype"], "r") for side in ("train", "val"))
         begins = np.flatnonzero(val == tokenizer["BOS_None"])
-        for begin, end in zip(begins[:64], [*begins[1:], len(val)]):
-            notes = notes_of(to_score(val[begin:end].tolist(), tokenizer))
-            usual.append(measure({key: column[:longest] for key, column in notes.items()}))
+        spans = zip(begins[:64], [*begins[1:], len(val)])
+        held_out = [notes_of(to_score(val[begin:end].tolist(), tokenizer)) for begin, end in spans]
         copies = longest_copies([notes["pitch"] for notes in samples], train, tokenizer)
     except Exception as error:  # whatever missing or damaged data makes json, numpy and miditok raise
         print(f"{folder}: no training data to compare with ({error}); name its folder with --data")
         return [", ".join(f"{name} {value:.2f}" for name, value in row.items()) for row in figures]
 
+    longest = max(len(notes["time"]) for notes in samples)
+    usual = [measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out]
     column = lambda rows, name: np.array([row[name] for row in rows])
     if len(samples) >= 16:  # enough for distributions
         areas = [f"{name} {overlap(column(figures, name), column(usual, name)):.2f}" for name in figures[0]]
@@ -544,12 +550,14 @@ def write_wav(path, notes):
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>TchAIkovsky</title>
 <style>
   :root { color-scheme: dark }
   body { margin: 24px; background: #0d0f16; color: #9aa2bd; font: 14px/1.5 system-ui, sans-serif }
-  header { position: sticky; top: 0; z-index: 1; padding: 10px 0; background: #0d0f16 }
-  button { width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; color: #fff; font-size: 18px }
+  header { position: sticky; top: 0; z-index: 1; display: flex; gap: 16px; padding: 10px 0; background: #0d0f16 }
+  button { flex: none; width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; color: #fff }
+  button { font-size: 18px }
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); gap: 16px }
   section { min-width: 0; padding: 12px; border: 1px solid #232838; border-radius: 14px }
   .current { border-color: #f0608e }
@@ -557,15 +565,16 @@ PAGE = """<!doctype html>
   svg { display: block; min-width: 100%; height: 264px }  /* 88 keys of 3 pixels; the stripes are the black ones */
   svg { background: linear-gradient(#0000 6px, #0d0f16 0 9px, #0000 0 12px, #0d0f16 0 15px, #0000 0 18px,
     #0d0f16 0 21px, #0000 0 27px, #0d0f16 0 30px, #0000 0 33px, #0d0f16 0 36px) 0 0 / 1px 36px }
-  .now { position: absolute; top: 0; left: -1px; width: 2px; height: 264px; background: #fff }
-  b { color: #fff }
+  .current .now { position: absolute; top: 0; left: -1px; width: 2px; height: 264px; background: #fff }
+  b, a { color: #fff }
 </style>
-<header><button title="space bar">&#9654;</button> <span>Space bar: play and pause. A click on a piece plays from there.
+<header><button title="space bar">&#9654;</button><span>Space bar: play and pause. A click on a piece plays from there.
   Colour is loudness, the shaded part the prompt. In brackets: the same figure of held-out pieces.</span></header>
 <main><!--PIECES--></main>
 <script>
 const button = document.querySelector("button"), sections = [...document.querySelectorAll("section")];
 let current = sections[0], audio, output, tones, startedAt, next;  // next: the first note that has not been struck yet
+current.classList.add("current");
 const time = () => audio ? Math.max(0, audio.currentTime - startedAt) : 0;
 
 for (const section of sections) {
@@ -647,7 +656,8 @@ def write_page(path, pieces, figures):
             '<section><div class="roll">'
             f'<svg viewBox="0 0 {end:.3f} 88" width="{40 * end:.0f}" preserveAspectRatio="none">'
             f'<rect class="prompt" width="{prompt_end:.3f}" height="88" fill="#fff2"/>{"".join(bars)}</svg>'
-            f'<div class="now"></div></div><b>{piece.name}</b> {line}</section>'
+            f'<div class="now"></div></div><b>{piece.name}</b>, {end:.0f} s, <a href="{piece.stem}.mid">.mid</a>, '
+            f"{line}</section>"
         )
     path.write_text(PAGE.replace("<!--PIECES-->", "\n".join(sections)), encoding="utf-8")
 
@@ -663,11 +673,17 @@ class Piece(NamedTuple):
     notes: dict
     given: int  # how many of its first notes are the prompt's
 
+    @property
+    def stem(self):
+        return self.name.replace(", ", "_").replace(" ", "")
+
 
 def load_run(folder):
     """The model, as is best for this device, its tokenizer, and what the checkpoint says of itself."""
-    best, last = folder / "best.ckpt", folder / "last.ckpt"  # a run that was cut short may only have the latter
-    path = last if last.exists() and not best.exists() else best
+    paths = [folder / "best.ckpt", folder / "last.ckpt"]  # a run that was cut short may only have the latter
+    path = next((path for path in paths if path.exists()), None)
+    if not path:
+        raise ValueError(f"--run {folder}: holds no checkpoint; make one: python train.py --run {folder}")
     trees, facts = load(path, lambda facts: {"model": Decoder(Config(**facts["config"]), jax.random.key(0))})
     tokenizer = midi_tokenize.load_tokenizer(folder / "tokenizer.json")
     model = trees["model"]
@@ -718,7 +734,7 @@ def write(args, pieces, figures):
     page, paths = args.out / "index.html", []
     for piece, line in zip(pieces, figures):
         print(f"{piece.name}: {line}")
-        paths.append(args.out / f"{piece.name.replace(', ', '_').replace(' ', '')}.mid")
+        paths.append(args.out / f"{piece.stem}.mid")
         paths[-1].write_bytes(pedal_to_controls(piece.score).dumps_midi())
         if args.wav:
             paths.append(paths[-1].with_suffix(".wav"))

@@ -180,13 +180,13 @@ def test_standard_library_keeps_its_tokenize(what, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- one file
 
-DEFAULTS = dict(beat_res=24, num_velocities=16, tempos=False, chords=False, pedals=False, metre=False)
+DEFAULTS = dict(beat_res=24, num_velocities=16, tempos=False, chords=False, sustain_pedals=False, time_signatures=False)
 
 
 def test_file_and_memory_give_the_same_ids(etude_folder):
     T, tokenizer = midi_tokenize, midi_tokenize.build_tokenizer()
     for number, path in enumerate(sorted(etude_folder.rglob("*.mid"), key=lambda p: int(p.stem[4:]))):
-        from_file = T.encode(T.load_score(path, tokenizer), tokenizer)
+        from_file = T.encode(T.prepare(T.read_midi(path), tokenizer), tokenizer)
         assert from_file == T.encode(T.prepare(T.compose(number), tokenizer), tokenizer) and len(from_file) > 300
 
 
@@ -230,7 +230,7 @@ def test_tracks_merge_drums_drop_and_the_pedal_holds():
         other_hand.controls.append(T.ControlChange(moment, 64, value))
     score.tracks.append(other_hand)
     # in positions of 20 ticks: 60 is struck again, 64 and the last 60 are held until the pedal comes up
-    wet, dry = (T.prepare(score, T.build_tokenizer(pedals=pedals)) for pedals in (False, True))
+    wet, dry = (T.prepare(score, T.build_tokenizer(sustain_pedals=pedals)) for pedals in (False, True))
     assert [note[:3] for note in notes_of(wet)] == [(0, 60, 12), (0, 64, 72), (12, 60, 60), (24, 40, 48)]
     assert [note[:3] for note in notes_of(dry)] == [(0, 60, 12), (0, 64, 12), (12, 60, 12), (24, 40, 12)]
     assert [(pedal.time, pedal.duration) for pedal in dry.tracks[0].pedals] == [(5, 67)]
@@ -239,9 +239,9 @@ def test_tracks_merge_drums_drop_and_the_pedal_holds():
 OPTIONS = {
     "tempos": dict(tempos=True),
     "chords": dict(chords=True),
-    "pedals": dict(pedals=True),
-    "metre": dict(metre=True),
-    "all": dict(tempos=True, chords=True, pedals=True, metre=True),
+    "pedals": dict(sustain_pedals=True),
+    "metre": dict(time_signatures=True),
+    "all": dict(tempos=True, chords=True, sustain_pedals=True, time_signatures=True),
     "none": {},
     "beat_res": dict(beat_res=12),
     "velocities": dict(num_velocities=5),
@@ -267,7 +267,7 @@ def test_every_option_survives_the_round_trip(name):
     prepared = T.prepare(musical_score(), tokenizer)
     ids = T.encode(prepared, tokenizer)
     kinds = {tokenizer[index].split("_")[0] for index in ids}
-    wanted = {"tempos": "Tempo", "chords": "Chord", "pedals": "Pedal", "metre": "TimeSig"}
+    wanted = {"tempos": "Tempo", "chords": "Chord", "sustain_pedals": "Pedal", "time_signatures": "TimeSig"}
     for option, kind in wanted.items():
         assert (kind in kinds) == OPTIONS[name].get(option, False)
     decoded = tokenizer.decode([ids])
@@ -393,7 +393,7 @@ HOSTILE = {  # name -> (bytes, part of the reason for skipping it; None where it
     "sysex": (midi_bytes([(0, b"\xf0\x05abcd\xf7"), *GOOD, (7, ON), (7, OFF)]), None),
     "sysex past the end": (midi_bytes([(0, b"\xf0" + vlq(10**7) + b"abc")]), "not a whole"),
     "bad text": (midi_bytes([(0, b"\xff\x03\x04\xff\xfe\0a"), *GOOD]), None),
-    "large": (midi_bytes(GOOD) + bytes(6_000_000), "not a file of at most"),
+    "large": (midi_bytes(GOOD) + bytes(6_000_000), "too large: over"),
 }
 
 
@@ -547,7 +547,7 @@ def test_an_archive_stays_in_its_folder(etude_folder, tmp_path):
             (take,) = midi_tokenize.find_files([str(tmp_path / f"{number}.tar.gz")], work, [])
             assert name in ("/tmp/escaped.mid", "C:\\escaped.mid") and work in Path(take.path).resolve().parents
         except ValueError as error:
-            assert "not a whole" in str(error) and name not in ("/tmp/escaped.mid", "C:\\escaped.mid")
+            assert "no whole" in str(error) and name not in ("/tmp/escaped.mid", "C:\\escaped.mid")
             assert not [path for path in work.rglob("*") if path.is_file() or path.is_symlink()]
         shutil.rmtree(work)
     assert not list(tmp_path.rglob("*escaped*")) and not os.path.exists("/tmp/escaped.mid")
@@ -580,7 +580,7 @@ def test_an_archive_with_a_flipped_byte_is_refused(kind, etude_folder, tmp_path)
         at = len(whole) * number // 6  # in a zip, before its table of contents
         (tmp_path / f"bad.{kind}").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         (tmp_path / str(number)).mkdir()
-        with pytest.raises(ValueError, match="not a whole"):
+        with pytest.raises(ValueError, match="no whole"):
             midi_tokenize.find_files([str(tmp_path / f"bad.{kind}")], tmp_path / str(number), [])
 
 
@@ -626,7 +626,7 @@ def test_download_survives_a_cut_and_a_flipped_bit(archive_server, tmp_path):
     data = tmp_path / "data"
     arguments = [address, "--out", data, "--vocab_size", 0]
     archive_server.faults[:] = ["cut", 404, "corrupt", None]
-    for expected in ("cut off after", "404", "not a whole .zip"):
+    for expected in ("cut off after", "404", "no whole .zip"):
         assert expected in run_tokenize(*arguments, code=2, cwd=tmp_path).splitlines()[-1]
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     run_tokenize(*arguments, cwd=tmp_path)
@@ -705,6 +705,15 @@ def test_maestro_keeps_its_published_split(tmp_path):
 # ---------------------------------------------------------------------------------------------- the data folder
 
 
+def test_the_tokens_of_a_run_serve_other_files(etude_data, etude_folder, tmp_path):
+    flags = ["--tokenizer", etude_data / "tokenizer.json", "--beat_res", 8]
+    said = run_tokenize(etude_folder, "--out", tmp_path, *flags)
+    assert "35% of the notes are held out" in said and "--split_by file" in said
+    assert (tmp_path / "tokenizer.json").read_bytes() == (etude_data / "tokenizer.json").read_bytes()
+    ours, theirs = (sequences_of(data, "train") + sequences_of(data, "val") for data in (tmp_path, etude_data))
+    assert sorted(ours) == sorted(theirs)  # the same twelve études
+
+
 def test_data_folder_holds_what_meta_says(etude_data):
     T, meta = midi_tokenize, read_meta(etude_data)
     tokenizer = T.load_tokenizer(etude_data / "tokenizer.json")
@@ -755,12 +764,12 @@ def test_transposed_copies_join_training_only(etude_folder, tmp_path):
 
 MISTAKES = {
     "no midi": (["empty"], "no MIDI files"),
-    "missing source": (["nowhere"], "nowhere: no such file or folder"),
+    "missing source": (["nowhere"], "nowhere: no file, folder or data set"),
     "unreadable only": (["bad"], "are not two pieces"),
     "one piece": (["one"], "are not two pieces"),
     "table without a column": (["no split"], "maestro-v3.csv: not MAESTRO's table"),
     "table with an unknown split": (["odd split"], "maestro-v3.csv: not MAESTRO's table"),
-    "not an archive": (["notes.txt"], "not a whole .zip or .tar.gz"),
+    "not an archive": (["notes.txt"], "no whole .zip or .tar.gz"),
     "small vocabulary": (["--vocab_size", "100"], "--vocab_size 100"),
     "beat_res": (["--beat_res", "5"], "--beat_res"),
     "val_fraction": (["--val_fraction", "1.5"], "--val_fraction 1.5: must be from"),
@@ -1671,6 +1680,12 @@ def syntax_errors(tokenizer, pieces):
     return sum(tokenizer._tokens_errors(piece) for piece in pieces), sum(map(len, pieces))
 
 
+def test_sample_goes_on_in_the_bar_where_a_text_prompt_ends(sample_tokenizer):
+    flags = types.SimpleNamespace(prompt=None, prompt_tokens=None, chords="C:8 F:8", motif="", scale="", bpm=120)
+    ids = midi_tokenize.encode(midi_tokenize.prepare(text_score(chords="C:8 F:8"), sample_tokenizer), sample_tokenizer)
+    assert sample.read_prompt(flags, sample_tokenizer) == ids + 2 * [sample_tokenizer["Bar_None"]]
+
+
 def test_sample_grammar_allows_all_music_and_nothing_else(sample_data, sample_tokenizer):
     tokenizer = sample_tokenizer
     train = np.fromfile(sample_data / "train.bin", np.uint16)[:20_000]
@@ -1893,6 +1908,12 @@ def test_sample_figures_follow_their_definitions():
     assert polyphony == pytest.approx(9 / 6.25)
 
 
+def test_sample_figures_are_the_same_wherever_the_notes_begin(sample_tokenizer):
+    notes = sample.notes_of(etude(sample_tokenizer))
+    later = sample.measure(notes | {"time": notes["time"] + 7.25})
+    assert later == pytest.approx(sample.measure(notes))
+
+
 def test_sample_overlap_is_that_of_the_densities():
     rng = np.random.default_rng(0)
     a, b, far = rng.normal(0, 1, 3000), rng.normal(2, 1, 3000), rng.normal(50, 1, 3000)
@@ -1931,7 +1952,7 @@ def test_sample_as_a_user(tmp_path, monkeypatch, capsys, sample_run):
 
 def etude_notes(path):
     tokenizer = midi_tokenize.build_tokenizer()
-    notes = sample.notes_of(midi_tokenize.load_score(path, tokenizer))
+    notes = sample.notes_of(midi_tokenize.prepare(midi_tokenize.read_midi(path), tokenizer))
     return [(round(float(time), 3), int(pitch)) for time, pitch in zip(notes["time"], notes["pitch"])]
 
 

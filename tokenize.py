@@ -4,8 +4,9 @@
     python tokenize.py ~/midi more.zip take.mid       any mix of folders, archives (.zip, .tar.gz) and files
     python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an archive's URL
     python tokenize.py asap.zip --out data/asap --report      and show what the tokens lose
+    python tokenize.py ~/mine --tokenizer run/tokenizer.json  with the tokens of a run, to fine-tune it
 
-A file becomes tokens in three steps, load_score -> prepare -> encode; sample.py reads its prompts with them.
+A file becomes tokens in three steps, read_midi -> prepare -> encode; sample.py reads its prompts with them.
 """
 
 if __name__ == "tokenize":  # somebody's `import tokenize` found this file: be the standard library's module
@@ -58,7 +59,6 @@ else:
     # One file. side: "train" or "val" if published, else "". Once read, its ids are base[span].
     Take = namedtuple("Take", "name path piece side span notes seconds", defaults=[None, 0, 0])
 
-PITCHES = 21, 108  # the 88 keys
 MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
 MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
 MIDI = ".mid", ".midi"
@@ -77,10 +77,11 @@ class Refused(ValueError):
 # -------------------------------------------------------------------------------- the tokenizer
 
 
-def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, pedals=False, metre=False):
+def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, sustain_pedals=False,
+                    time_signatures=False):  # fmt: skip
     """Every musical choice. A note is Pitch Velocity Duration, after Bar and Position where time moves on."""
     config = TokenizerConfig(
-        pitch_range=PITCHES,
+        pitch_range=(21, 108),  # the 88 keys
         # positions a beat, for notes of 0-1, 1-2, 2-4 and 4-16 beats; attacks have the finest
         beat_res={(0, 1): beat_res, (1, 2): beat_res // 2, (2, 4): beat_res // 4, (4, 16): 2},
         num_velocities=num_velocities,
@@ -92,11 +93,11 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, 
         use_chords=chords,
         chord_tokens_with_root_note=True,
         chord_maps={name: CHORD_MAPS[name] for name in ("maj", "min", "dim", "aug", "7dom")},
-        use_sustain_pedals=pedals,
-        use_time_signatures=metre,
+        use_sustain_pedals=sustain_pedals,
+        use_time_signatures=time_signatures,
         time_signature_range={2: [1, 2, 3, 4], 4: [1, 2, 3, 4, 5, 6, 7], 8: list(range(1, 13))},
         delete_equal_successive_time_sig_changes=True,
-        remove_duplicated_notes=metre,  # else `prepare` leaves none
+        remove_duplicated_notes=time_signatures,  # else `prepare` leaves none
     )
     return REMI(config)
 
@@ -116,15 +117,12 @@ def load_tokenizer(path):
 # -------------------------------------------------------------------------------- one file, from MIDI to ids
 
 
-def load_score(path, tokenizer):
-    """MIDI file -> Score, checked and prepared as for training."""
-    return prepare(read_midi(path), tokenizer)
-
-
 def read_midi(path):
     """MIDI file -> Score as it stands."""
-    if not os.path.isfile(path) or os.path.getsize(path) > MAX_BYTES:
-        raise Refused(f"not a file of at most {MAX_BYTES:,} bytes")
+    if not os.path.isfile(path):
+        raise Refused("no such file")
+    if os.path.getsize(path) > MAX_BYTES:
+        raise Refused(f"too large: over {MAX_BYTES:,} bytes")
     data = Path(path).read_bytes()
     if data.startswith(b"RIFF"):  # RMID: a MIDI file behind 20 bytes
         data = data[20:]
@@ -143,7 +141,9 @@ def prepare(score, tokenizer):
     if score.ticks_per_quarter <= 0 or any(tempo.mspq < 10_000 for tempo in score.tempos):
         raise Refused("no usable clock: a beat of 0 ticks, or under 10 ms")
     notes, pedal = piano(score if own_beats else score.to("second"), config.use_sustain_pedals)
-    notes = notes[:, (PITCHES[0] <= notes[2]) & (notes[2] <= PITCHES[1])][:, ::-1]
+    lowest, highest = config.pitch_range
+    notes = notes[:, (lowest <= notes[2]) & (notes[2] <= highest)]
+    notes = notes[:, ::-1]  # what was played last comes first, and stays where notes fall on one key and position
     if not notes.size:
         raise Refused("no piano notes")
     grid = config.max_num_pos_per_beat * (2 if config.use_time_signatures else 1)  # beats of x/8 are halves
@@ -154,7 +154,7 @@ def prepare(score, tokenizer):
         raise Refused(f"too long: over {MAX_BEATS} beats")
     if np.diff(np.sort(start)).max(initial=0) > MAX_SILENCE * grid:
         raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
-    _, order = np.unique(128 * start + notes[2], return_index=True)  # one a key and position: the last played
+    _, order = np.unique(128 * start + notes[2], return_index=True)  # one a key and position
     time, length = start[order].astype(np.int32), np.maximum(end - start, 1)[order].astype(np.int32)
     pitch, velocity = notes[2:, order].astype(np.int8)
     track = Track()
@@ -221,7 +221,8 @@ def base_ids(score, tokenizer):
     velocity_ids = np.array([vocab[f"Velocity_{velocity}"] for velocity in tokenizer.velocities])
     moves = np.diff(time, prepend=-1) != 0  # the first note of every chord needs a Position
     position = np.where(moves, vocab["Position_0"] + time % bar, -1)
-    pitch = vocab[f"Pitch_{PITCHES[0]}"] + notes["pitch"].astype(int) - PITCHES[0]
+    lowest = config.pitch_range[0]
+    pitch = vocab[f"Pitch_{lowest}"] + notes["pitch"].astype(int) - lowest
     velocity = velocity_ids[nearest(tokenizer.velocities, notes["velocity"])]
     length = length_ids[nearest(lengths, notes["duration"])]
     rows = np.stack([position, pitch, velocity, length], axis=1)  # one a note; -1 is no token
@@ -314,19 +315,17 @@ def published_split(table):
 def fetch(source, work):
     """Archive, data set or address -> folder with its files, all checked."""
     address = DATASETS.get(source, source)
-    if not os.path.exists(source) and "://" not in address:
-        raise Refused(f"{source}: no such file or folder, nor a data set ({', '.join(DATASETS)})")
-    if os.path.exists(source) and not os.path.isfile(source):
-        raise Refused(f"{source}: neither a file nor a folder")
+    if not os.path.isfile(source) and "://" not in address:
+        raise Refused(f"{source}: no file, folder or data set ({', '.join(DATASETS)})")
     try:
         work.mkdir()
-        archive = Path(source) if os.path.exists(source) else download(address, work)
+        archive = Path(source) if os.path.isfile(source) else download(address, work)
         folder = work / "files" / archive.name.split(".")[0]
         unpack(archive, folder)
         return folder
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
         reason, again = " ".join(str(error).split()), "; run again" if "://" in address else ""
-        raise Refused(f"{source}: not a whole .zip or .tar.gz ({reason}){again}") from error
+        raise Refused(f"{source}: no whole .zip or .tar.gz could be had ({reason}){again}") from error
 
 
 def download(address, folder):
@@ -388,7 +387,7 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
 
 def read_one(tokenizer, path):
     """What a worker does: file -> its base ids, number of notes, seconds of music."""
-    score = load_score(path, tokenizer)
+    score = prepare(read_midi(path), tokenizer)
     return base_ids(score, tokenizer), score.note_num(), score.to("second").end()
 
 
@@ -445,8 +444,11 @@ def split(takes, val_fraction, split_by, seed):
     for piece in {take.piece for take in takes if not take.side}:
         digest = hashlib.sha256(os.fsencode(f"{seed} {piece}")).hexdigest()
         draws[piece] = int(digest[:16], 16) / 2**64
-    limit, highest = max(val_fraction, min(draws.values(), default=0)), max(draws.values(), default=0)
-    held_out = {piece for piece, draw in draws.items() if draw <= limit and draw < highest}
+    held_out = {piece for piece, draw in draws.items() if draw <= val_fraction}
+    if draws and not held_out:
+        held_out = {min(draws, key=draws.get)}
+    if draws and len(held_out) == len(draws):
+        held_out.remove(max(draws, key=draws.get))
     return [take._replace(side=take.side or ("val" if take.piece in held_out else "train")) for take in takes]
 
 
@@ -467,16 +469,16 @@ def write_side(path, takes, base, tokenizer, shifts, dtype):
     counts["notes"] = sum(take.notes for take in takes)
     counts["seconds"] = round(sum(take.seconds for take in takes))
     with open(path, "wb") as file:
-        for first in tqdm(range(0, len(takes), 16), f"writing {path.name}", unit=" x 16 files"):
+        for first in tqdm(range(0, len(takes), 16), f"writing {path.name}", unit=" batches of 16 files"):
             for table in tables:
                 shifted = [table[base[take.span]] for take in takes[first : first + 16]]
                 for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
                     np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
                     counts.update(sequences=1, tokens=len(ids) + 2)
-    ratio = counts["tokens"] / counts["notes"] * counts["files"] / counts["sequences"]  # of transposed copies, one
+    ratio = counts["tokens"] / counts["notes"] * counts["files"] / counts["sequences"]  # in one of the copies
     print(
         f"{path.stem}: {counts['pieces']:,} pieces, {counts['files']:,} takes, {counts['notes']:,} notes, "
-        f"{counts['seconds'] / 3600:.1f} hours, {counts['tokens']:,} tokens, {ratio:.2f} tokens per note"
+        f"{counts['seconds'] / 3600:.2f} hours, {counts['tokens']:,} tokens, {ratio:.2f} tokens per note"
     )
     return counts
 
@@ -584,22 +586,30 @@ def main(args):
     work.mkdir(parents=True)
     options = args.tempos, args.chords, args.sustain_pedals, args.time_signatures
     tokenizer = build_tokenizer(args.beat_res, args.num_velocities, *options)
-    if 0 < (args.vocab_size or 0) <= len(tokenizer):
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    elif 0 < (args.vocab_size or 0) <= len(tokenizer):
         raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}, the base tokens")
 
     takes = find_files(args.sources or [compose_corpus(args.etudes, args.seed, work / "etudes")], work, skipped)
     takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
     reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
-    print(f"read {len(takes)} files, skipped {len(skipped)}: {reasons}")
+    print(f"read {len(takes)} files, skipped {len(skipped)}" + f": {reasons}" * bool(reasons))
     takes = split(takes, args.val_fraction, args.split_by, args.seed)
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
     if not train or not val:
         raise Refused(f"{len(takes)} readable files are not two pieces, one to train on, one to hold out")
+    share = sum(take.notes for take in val) / sum(take.notes for take in takes)
+    if share > 2 * args.val_fraction and args.split_by == "piece":
+        print(f"{share:.0%} of the notes are held out, because a folder is one piece; --split_by file counts files")
 
     base = np.memmap(work / "base.bin", np.uint16, "r")
-    if args.vocab_size != 0:
-        train_bpe(tokenizer, train, base, args.vocab_size)
-    tokenizer.save(work / "tokenizer.json")
+    if args.tokenizer:
+        shutil.copyfile(args.tokenizer, work / "tokenizer.json")
+    else:
+        if args.vocab_size != 0:
+            train_bpe(tokenizer, train, base, args.vocab_size)
+        tokenizer.save(work / "tokenizer.json")
     meta = {"vocab_size": len(tokenizer), "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32"}
     meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
     meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
@@ -616,7 +626,7 @@ def main(args):
     (args.out / "meta.json").unlink(missing_ok=True)  # killed here, none describes another run's files
     for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv", "meta.json"):
         os.replace(work / name, args.out / name)
-    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s")
+    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s; next: python train.py --data {args.out}")
 
 
 def parse_arguments():
@@ -625,8 +635,9 @@ def parse_arguments():
     flag = parser.add_argument
     flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, URL; none: études")
     flag("--out", type=Path, default="data", help="folder to write (data)")
+    flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, used as it is: the next seven do not count")
     flag("--vocab_size", type=int, help="tokens after BPE, 0 for none (by the size of the corpus)")
-    flag("--beat_res", type=int, default=24, choices=range(4, 97, 4), metavar="N", help="per beat (24)")
+    flag("--beat_res", type=int, default=24, choices=range(4, 97, 4), metavar="N", help="positions a beat (24)")
     flag("--num_velocities", type=int, default=16, help="levels of loudness (16)")
     flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens (else: 120 bpm)")
     flag("--time_signatures", action="store_true", help="keep the files' beats and bars, with TimeSig tokens")
@@ -660,3 +671,5 @@ if __name__ == "__main__":
         sys.exit("stopped: nothing was written")
     finally:
         shutil.rmtree(args.out / ".unfinished", ignore_errors=True)
+        with suppress(OSError):  # only goes if it is empty
+            args.out.rmdir()
