@@ -775,6 +775,7 @@ MISTAKES = {
     "val_fraction": (["--val_fraction", "1.5"], "--val_fraction 1.5: must be from"),
     "workers": (["--workers", "0"], "--workers 0: must be from 1"),
     "out is a file": (["--etudes", "2", "--out", "notes.txt"], "notes.txt"),
+    "tokenizer": (["one", "--tokenizer", "notes.txt"], "notes.txt: not a usable tokenizer"),
     "no server": (["http://127.0.0.1:9/a.zip"], "run again"),
 }
 
@@ -795,8 +796,7 @@ def test_mistakes_get_one_clear_line(name, tmp_path):
     text = run_tokenize(*arguments, code=2, cwd=tmp_path)
     assert expected in text.splitlines()[-1] and text.splitlines()[-1].startswith("tokenize.py: error: "), text
     assert "usage" not in text and text.count("error: ") == 1, text
-    left = sorted(set(tmp_path.rglob("*")) - set(before))
-    assert [path for path in left if path.is_file()] == []
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ---------------------------------------------------------------------------------------------- études
