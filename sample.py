@@ -555,7 +555,8 @@ PAGE = """<!doctype html>
 <style>
   :root { color-scheme: dark }
   body { margin: 24px; background: #0d0f16; color: #9aa2bd; font: 14px/1.5 system-ui, sans-serif }
-  header { position: sticky; top: 0; z-index: 1; display: flex; gap: 16px; padding: 10px 0; background: #0d0f16 }
+  header { display: flex; gap: 16px; align-items: center; padding: 10px 0; background: #0d0f16 }
+  header { position: sticky; top: 0; z-index: 1 }
   button { flex: none; width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; color: #fff }
   button { font-size: 18px }
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); gap: 16px }
