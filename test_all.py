@@ -2280,8 +2280,11 @@ def test_three_commands_make_music(tmp_path):
         assert done.returncode == 0 and "arning" not in done.stderr, done.stderr
         return done.stdout
 
-    run("tokenize.py")
-    said = run("train.py", "--steps", "30", "--warmup", "10", "--batch_size", "8", "--eval_every", "30")
+    run("tokenize.py", "--etudes", "200")
+    meta = read_meta(tmp_path / "data")
+    assert meta["train"]["pieces"] + meta["val"]["pieces"] == 200
+    assert meta["vocab_size"] == len(midi_tokenize.build_tokenizer()) + 100 + meta["train"]["notes"] // 8000
+    said = run("train.py", "--recipe", "modern", "--steps", "30", "--warmup", "10", "--eval_every", "30")
     entropy = float(re.search(r"unigram entropy ([\d.]+)", said)[1])
     assert float(re.search(r"^final: .*val_nats_per_token=([\d.]+)", said, re.M)[1]) < entropy + 0.5
     said = run("sample.py", "--seeds", "0", "1", "--max_tokens", "60")

@@ -456,7 +456,7 @@ def train_bpe(tokenizer, takes, base, vocab_size):
     """Teach the tokenizer to join what often stands together; of a large corpus, in evenly spaced files."""
     notes = sum(take.notes for take in takes)
     if vocab_size is None:
-        vocab_size = min(10_000, max(1000, round(notes // 4000, -3)))
+        vocab_size = min(10_000, len(tokenizer) + 100 + notes // 8000)  # few enough to learn each well
         print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
     texts = [bar_words(base[take.span], tokenizer) for take in takes[:: math.ceil(notes / BPE_NOTES)]]
     tokenizer.train(vocab_size=vocab_size, iterator=texts)
@@ -646,7 +646,7 @@ def parse_arguments():
     flag("--transpose", type=int, default=0, metavar="K", help="training copies up to K semitones off (0)")
     flag("--val_fraction", type=float, default=0.1, help="share of the pieces to hold out (0.1)")
     flag("--split_by", choices=["piece", "file"], default="piece", help="a piece is a folder (piece)")
-    flag("--etudes", type=int, default=400, help="études to compose without SOURCE (400)")
+    flag("--etudes", type=int, default=2000, help="études to compose without SOURCE (2000)")
     flag("--report", action="store_true", help="print what the tokens lose (meta.json has it anyway)")
     flag("--workers", type=int, default=os.cpu_count(), help="processes that read files (one a core)")
     flag("--seed", type=int, default=0, help="draws the études and the split (0)")

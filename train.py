@@ -37,7 +37,7 @@ from tqdm import tqdm
 from model import Config, Decoder, load, parameter_count, save, whole
 
 SIZES = {  # flags that a size sets, unless they are given
-    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=16, learning_rate=3e-3, steps=800),
+    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=8, learning_rate=3e-3, steps=1600),
     "small": dict(dim=384, heads=6, layers=6, context=1024, batch_size=32, learning_rate=1e-3, steps=10_000),
     "base": dict(dim=768, heads=12, layers=12, context=1024, batch_size=64, learning_rate=6e-4, steps=20_000),
 }
@@ -472,6 +472,8 @@ def train(args, data, mesh):
     run, first, main_process = Path(args.run), facts["step"], jax.process_index() == 0
     rows = read_log(run, first) if main_process and args.resume else []
     share_of_peak = introduce(args, data, mesh, state["model"])
+    if main_process:
+        print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
     if args.wandb and main_process:
         import wandb
 
