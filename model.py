@@ -257,21 +257,20 @@ def load(path, like=()):
     and the zip format's checksums catch damage. ValueError, with one line that says why, where it can't be used.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # a few bytes must not unpack to gigabytes
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed, which our checkpoints never are")
         with np.load(path, allow_pickle=False) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.zip.infolist()):
+                raise ValueError("compressed, which our checkpoints never are")  # a few bytes may unpack to gigabytes
+
+            def read(place, leaf):
+                name = jax.tree_util.keystr(place)
+                array = file[name]
+                if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+                    raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
+                return array
+
             meta = json.loads(str(file["meta"]))
             like = eqx.filter_eval_shape(like, meta) if callable(like) else like
-            wanted, treedef = jax.tree_util.tree_flatten_with_path(like)
-            leaves = []
-            for name, leaf in wanted:
-                array = file[jax.tree_util.keystr(name)]
-                if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-                    name = jax.tree_util.keystr(name)
-                    raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
-                leaves.append(array)
-        return jax.tree.unflatten(treedef, leaves), meta
+            return jax.tree_util.tree_map_with_path(read, like), meta
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except Exception as error:  # whatever a damaged or foreign file provokes in zipfile, numpy and json
