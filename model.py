@@ -10,7 +10,6 @@ Names end in their shape where it changes:
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import zipfile
@@ -158,9 +157,8 @@ class Block(eqx.Module):
             mixed_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, cfg.attention)
         else:
             slot = start % cache[0].shape[2]  # a ring: the newest token takes the place of the oldest
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
-            q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-            cache = write(cache[0], k_BHTK), write(cache[1], v_BHTK)
+            q_BHTK, *new = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+            cache = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=2) for pair in zip(cache, new))
             # a branch of its own, though always taken: else XLA copies the cache at each step on CPU, a quarter slower
             mixed_BTHK = jax.lax.cond(start >= 0, attend, lambda q, *_: q.swapaxes(1, 2), q_BHTK, *cache, start)
         attended_BTD = mixed_BTHK.reshape(B, T, D) @ self.out_DD + self.out_bias_D
