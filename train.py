@@ -197,7 +197,7 @@ class Data:
     """The folder that tokenize.py wrote, checked: JAX would silently clamp an id beyond the vocabulary."""
 
     def __init__(self, folder, context):
-        self.folder, self.tokens, self.counts, self.starts = Path(folder), {}, {}, {}  # starts: where BOS stands
+        self.folder, self.tokens, self.starts = Path(folder), {}, {}  # starts: where BOS stands
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
@@ -205,32 +205,26 @@ class Data:
             if self.sha256 != self.meta["tokenizer_sha256"]:
                 raise ValueError("tokenizer.json is not the one that wrote the tokens")
             for split in ("train", "val"):
+                facts, vocab_size = self.meta[split], self.meta["vocab_size"]
                 tokens = self.tokens[split] = np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
-                if len(tokens) != self.meta[split]["tokens"]:
-                    raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {self.meta[split]['tokens']}")
+                starts = self.starts[split] = np.flatnonzero(tokens == self.meta["bos"])
+                if len(tokens) != facts["tokens"]:
+                    raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {facts['tokens']}")
                 if len(tokens) <= context:
                     raise ValueError(f"{split}.bin: {len(tokens)} tokens, under --context {context}: add music")
-                self.counts[split], starts = np.zeros(vocab_size := self.meta["vocab_size"]), []
-                for i in range(0, len(tokens), 1 << 24):  # a bounded copy at a time, whatever the size of the corpus
-                    chunk = tokens[i : i + (1 << 24)]
-                    if chunk.max() >= vocab_size:
-                        raise ValueError(f"{split}.bin holds token {chunk.max()}, the vocabulary {vocab_size}")
-                    self.counts[split] += np.bincount(chunk, minlength=vocab_size)
-                    starts.append(i + np.flatnonzero(chunk == self.meta["bos"]))
-                self.starts[split] = np.concatenate(starts)
-                if not (self.meta[split]["notes"] > 0 and self.meta[split]["seconds"] > 0 and self.meta["eos"] >= 0):
-                    raise ValueError(f"meta.json knows of no music in {split}")
-                if not len(self.starts[split]):
-                    raise ValueError(f"{split}.bin: no piece starts in it (token {self.meta['bos']})")
-        except FileNotFoundError as error:
-            fail(f"--data {folder}: no {error.filename}; make it: python tokenize.py [YOUR MIDI] --out {folder}")
+                if tokens.max() >= vocab_size:
+                    raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
+                if not (len(starts) and facts["notes"] > 0 and facts["seconds"] > 0):
+                    raise ValueError(f"there is no music in {split}")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            fail(f"--data {folder}: {reason}; make it anew: python tokenize.py [YOUR MIDI] --out {folder}")
+            fail(f"--data {folder}: {reason}; make it: python tokenize.py [YOUR MIDI] --out {folder}")
 
     def unigram_entropy(self):
         """Nats per token of a model that only knows how frequent each token is: the first thing to beat."""
-        share = self.counts["train"][self.counts["train"] > 0] / self.counts["train"].sum()
+        parts = np.array_split(self.tokens["train"], len(self.tokens["train"]) // 10**7 + 1)  # bincount copies as int64
+        counts = sum(np.bincount(part, minlength=self.meta["vocab_size"]) for part in parts)
+        share = counts[counts > 0] / counts.sum()
         return -(share * np.log(share)).sum()
 
     def windows(self, split, starts, length):
@@ -357,7 +351,6 @@ def start(args, data, mesh, optimizer):
     cfg = Config(data.meta["vocab_size"], **{name: getattr(args, name) for name in MODEL_FLAGS})
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "config": dataclasses.asdict(cfg)}
     facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
-    facts |= {name: data.meta[name] for name in ("bos", "eos", "pad")}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
     try:
         if source:
