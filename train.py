@@ -58,7 +58,7 @@ THIS_LAUNCH = ["run", "overwrite", "resume", "init_from", "max_hours", "multihos
 DIVERGED = """
 The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. {run} keeps the
 last good checkpoints. Try a lower --learning_rate, a longer --warmup (now {warmup}) or --precision float32."""
-MODEL_FLAGS = [field.name for field in dataclasses.fields(Config) if field.name != "vocab_size"]  # the tokenizer's
+MODEL_FLAGS = ["dim", "heads", "layers", "context", "dropout", "rotary", "qk_norm", "tied"]
 LAUNCHED = time.time()
 
 
@@ -108,6 +108,7 @@ def make_parser():
     add("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I", help="one of several hosts: found by itself on "
         "TPU pods and SLURM; else process 0's address, how many processes, and which is this. All read --data and "
         "--run, so let them be shared")  # fmt: skip
+    add("--attention", choices=["splash", "cudnn", "xla"], help="default: the fastest here")
     add("--compile_for", metavar="TOPOLOGY", help="compile for TPUs elsewhere (v5e:2x4, v3:2x2x1) and report")
     return parser
 
@@ -135,26 +136,31 @@ def read_flags(argv):
 
     platform, capability = devices[0].platform, str(getattr(devices[0], "compute_capability", ""))
     ampere = re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None  # or newer; an AMD GPU says, for example, gfx942
-    parser.set_defaults(precision="bfloat16" if platform == "tpu" or ampere else "float32", attention=None)
-    size = args.size or ("tiny" if platform == "cpu" else "base")
-    recipe = args.recipe or "default"
-    defaults = SIZES[size] | RECIPES[recipe]
+    size, recipe = args.size or ("tiny" if platform == "cpu" else "base"), args.recipe or "default"
+    defaults = {"size": size, "recipe": recipe} | SIZES[size] | RECIPES[recipe]
+    defaults["precision"] = "bfloat16" if platform == "tpu" or ampere else "float32"
     if (args.optimizer or defaults["optimizer"]) == "muon":
         defaults["learning_rate"] *= 2  # learns faster, at the size that the README compares
-    parser.set_defaults(size=size, recipe=recipe, **defaults)
+    source, kept = f"{args.run}/last.ckpt" if args.resume else args.init_from, {}
     try:
-        if args.init_from:
-            config = load(args.init_from)[1]["config"]
-            parser.set_defaults(**{name: config[name] for name in MODEL_FLAGS if name != "attention"})
-        if args.resume:  # as if the run's flags were typed before those of today, which win
-            flags = dict(load(Path(args.run) / "last.ckpt")[1]["flags"])
-            typed = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()
-                     if value is not None and value is not False]  # fmt: skip
-            argv = typed + (sys.argv[1:] if argv is None else argv)
+        if source:
+            made = load(source)[1]
+            kept = {name: made["config"][name] for name in MODEL_FLAGS}
+            defaults |= kept | {"init_from": source}
+            del kept["dropout"]  # may change
+        if args.resume:
+            kept["optimizer"] = made["flags"]["optimizer"]
+            defaults |= made["flags"]
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
+    # as if they were typed first, so that they are checked too and what was really typed wins
+    typed = [f"--{name}" if value is True else f"--{name}={value}"
+             for name, value in defaults.items() if value is not False]  # fmt: skip
+    args = parser.parse_args(typed + argv)
+    for name, value in kept.items():
+        if getattr(args, name) != value:
+            fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
 
-    args = parser.parse_args(argv)
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.save_every = args.save_every or args.eval_every
@@ -347,8 +353,9 @@ def evaluate(args, data, mesh, eval_step, model):
 
 def start(args, data, mesh, optimizer):
     """The state to train, on every device, and the facts of the run: from scratch, from other weights, or resumed."""
-    run, source = Path(args.run), Path(args.run) / "last.ckpt" if args.resume else args.init_from
-    cfg = Config(data.meta["vocab_size"], **{name: getattr(args, name) for name in MODEL_FLAGS})
+    run, source = Path(args.run), args.init_from
+    shape = {name: getattr(args, name) for name in MODEL_FLAGS}
+    cfg = Config(data.meta["vocab_size"], **shape, attention=args.attention)
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "config": dataclasses.asdict(cfg)}
     facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
@@ -359,11 +366,6 @@ def start(args, data, mesh, optimizer):
                 theirs, way_out = made["tokenizer_sha256"][:12], Path(source).with_name("tokenizer.json")
                 raise ValueError(f"{source}: trained with tokenizer {theirs}, {data.folder} has {data.sha256[:12]}; "
                                  f"tokenize again with --tokenizer {way_out}")  # fmt: skip
-            theirs = dataclasses.asdict(Config()) | made["config"] | {"optimizer": made["flags"]["optimizer"]}
-            free = ["dropout", "attention"] if args.resume else ["dropout", "attention", "optimizer"]
-            for name, value in {**facts["config"], "optimizer": args.optimizer}.items():
-                if name not in free and value != theirs[name]:
-                    raise ValueError(f"--{name} {value}: {source} was made with {theirs[name]}")
             if args.resume:
                 facts |= {name: type(facts[name])(made[name]) for name in ("step", "seconds", "best")}
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
@@ -555,7 +557,7 @@ def compile_report(args, devices):
     """Compile the training step of the reference vocabulary for them: memory, collectives, the largest micro-batch."""
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     optimizer, _ = make_optimizer(args)
-    cfg = Config(**{name: getattr(args, name) for name in MODEL_FLAGS})
+    cfg = Config(**{name: getattr(args, name) for name in MODEL_FLAGS}, attention=args.attention)
     on_mesh = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
     state = jax.tree.map(lambda x: on_mesh(x, REPLICATED), jax.eval_shape(lambda: fresh_state(cfg, 0, optimizer)))
 
@@ -596,7 +598,7 @@ def compile_report(args, devices):
     print(f"largest micro-batch that fits, of powers of two: {largest} windows per device")
 
 
-def main(argv=None):
+def main(argv):
     args, devices = read_flags(argv)
     if args.compile_for:
         return compile_report(args, devices)
@@ -624,6 +626,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("stopped before the first step: nothing was written")
