@@ -1442,7 +1442,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(markov, tmp_pa
     assert all(np.isfinite(weights).all() for weights in weights_of(tmp_path).values())
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(markov, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(markov, tmp_path, monkeypatch, capsys):
     save, saves = train.save, []
 
     def full_from_the_third_on(path, tree, **meta):
@@ -1452,10 +1452,9 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(markov, tmp_path, m
         save(path, tree, **meta)
 
     monkeypatch.setattr(train, "save", full_from_the_third_on)
-    with pytest.raises(
-        SystemExit, match="last.ckpt: could not be saved .No space left on device.; the one before it is whole"
-    ):
+    with pytest.raises(SystemExit):
         run_train("--data", markov, "--run", tmp_path, "--steps", 9, "--eval_every", 9, "--save_every", 1)
+    assert "No space left on device; the checkpoints there are whole" in capsys.readouterr().err
     assert model.load(tmp_path / "last.ckpt")[1]["step"] == 2
 
 

@@ -357,6 +357,7 @@ def start(args, data, mesh, optimizer):
     shape = {name: getattr(args, name) for name in MODEL_FLAGS}
     cfg = Config(data.meta["vocab_size"], **shape, attention=args.attention)
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "config": dataclasses.asdict(cfg)}
+    facts["flags"] = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
     facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
     try:
@@ -372,13 +373,9 @@ def start(args, data, mesh, optimizer):
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
 
-    if jax.process_index() == 0:
-        if (run / "last.ckpt").exists() and not args.resume and not args.overwrite:
-            fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--run {run}: {error.strerror}")
+    if (run / "last.ckpt").exists() and not args.resume and not args.overwrite:
+        fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
+    run.mkdir(parents=True, exist_ok=True)
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
 
@@ -393,15 +390,6 @@ def begin_anew(run, tokenizer):
         (run / leftover).unlink(missing_ok=True)
     with whole(run / "tokenizer.json") as file:
         file.write(tokenizer)
-
-
-def checkpoint(args, name, tree, facts):
-    flags = {flag: value for flag, value in vars(args).items() if flag not in THIS_LAUNCH}
-    try:
-        save(Path(args.run) / name, tree, flags=flags, **facts)
-    except OSError as error:
-        message = f"{args.run}/{name}: could not be saved ({error.strerror}); the one before it is whole"
-        raise SystemExit(message) from None
 
 
 def read_log(run, last_step):
@@ -510,9 +498,9 @@ def train(args, data, mesh):
                 wandb.log(row, step=done)
             if row.get("val_nats_per_note", np.inf) < facts["best"]:
                 facts["best"] = row["val_nats_per_note"]
-                checkpoint(args, "best.ckpt", {"model": state["model"]}, facts)
+                save(run / "best.ckpt", {"model": state["model"]}, **facts)
             if saving or stopping:
-                checkpoint(args, "last.ckpt", state, facts)
+                save(run / "last.ckpt", state, **facts)
         if stopping:
             break
         lap_began, lap_first = time.time(), done
@@ -609,9 +597,9 @@ def main(argv):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise SystemExit(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less") from None
+        fail(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less")
     except OSError as error:
-        raise SystemExit(f"{args.run}: not written ({error.strerror}); the checkpoints there are whole") from None
+        fail(f"--run {args.run}: {error}; the checkpoints there are whole")
     if jax.process_index() != 0:
         return
     score = next((row for row in reversed(rows) if row.get("val_nats_per_note")), {})
