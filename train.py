@@ -448,7 +448,7 @@ class Stop:
 
 
 def train(args, data, mesh):
-    """Returns the rows of log.csv, why the run stopped, and (tokens, seconds) of each stretch between two rows."""
+    """Returns the rows of log.csv and why the run stopped."""
     optimizer, schedule = make_optimizer(args)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = start(args, data, mesh, optimizer)
@@ -461,7 +461,7 @@ def train(args, data, mesh):
         import wandb
 
         wandb.init(project="tchaikovsky", dir=run, config=vars(args))
-    stop, began, laps = Stop(args.max_hours), time.time() - facts["seconds"], []
+    stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.draw(args, first))
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not main_process):
         state, metrics = train_step(state, batch, np.uint32(step))
@@ -483,9 +483,9 @@ def train(args, data, mesh):
         row = {"step": done, "train_loss": loss, "learning_rate": float(schedule(step)), "grad_norm": grad_norm}
         if not (loss < np.log(data.meta["vocab_size"]) + 1 and np.isfinite(grad_norm)):  # worse than a blind guess
             raise SystemExit(DIVERGED.format(**vars(args) | row))
-        laps.append(((done - lap_first) * args.batch_size * args.context, time.time() - lap_began))
-        if laps[-1][0]:
-            row["tokens_per_second"] = laps[-1][0] / laps[-1][1]
+        if done > lap_first:
+            tokens = (done - lap_first) * args.batch_size * args.context
+            row["tokens_per_second"] = tokens / (time.time() - lap_began)
             row |= {"mfu": row["tokens_per_second"] * share_of_peak} if share_of_peak else {}
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
@@ -504,7 +504,7 @@ def train(args, data, mesh):
         if stopping:
             break
         lap_began, lap_first = time.time(), done
-    return rows, stop, laps
+    return rows, stop
 
 
 def introduce(args, data, mesh, model):
@@ -593,7 +593,7 @@ def main(argv):
     data = Data(args.data, args.context)
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     try:
-        rows, stop, laps = train(args, data, mesh)
+        rows, stop = train(args, data, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -602,11 +602,10 @@ def main(argv):
         fail(f"--run {args.run}: {error}; the checkpoints there are whole")
     if jax.process_index() != 0:
         return
-    score = next((row for row in reversed(rows) if row.get("val_nats_per_note")), {})
-    tokens, seconds = map(sum, zip(*laps, (0, 1e-9)))
-    per_note, per_token = (float(score.get(f"val_nats_per_{unit}", np.nan)) for unit in ("note", "token"))
+    column = lambda name: [float(row[name]) for row in rows if row.get(name)] or [np.nan]
+    per_note, per_token = column("val_nats_per_note")[-1], column("val_nats_per_token")[-1]
     print(f"final: val_nats_per_note={per_note:.4f} val_nats_per_token={per_token:.4f} "
-          f"tokens_per_second={tokens / seconds:.0f}")  # fmt: skip
+          f"tokens_per_second={np.median(column('tokens_per_second')):.0f}")  # fmt: skip
     if stop.reason:
         print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
         raise SystemExit(128 + stop.signal if stop.signal else 0)
