@@ -541,20 +541,20 @@ def topology_devices(name):
         fail(f"--compile_for {name}: {str(error).splitlines()[0]} (try v5e:2x4 or v3:2x2x1, and: pip install libtpu)")
 
 
-def compile_report(args, devices):
+def compile_report(args, mesh):
     """Compile the training step of the reference vocabulary for them: memory, collectives, the largest micro-batch."""
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     optimizer, _ = make_optimizer(args)
+    train_step = make_train_step(args, mesh, optimizer)
     cfg = Config(**{name: getattr(args, name) for name in MODEL_FLAGS}, attention=args.attention)
-    on_mesh = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-    state = jax.tree.map(lambda x: on_mesh(x, REPLICATED), jax.eval_shape(lambda: fresh_state(cfg, 0, optimizer)))
+    on_mesh = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    state = jax.eval_shape(lambda: fresh_state(cfg, 0, optimizer))
+    state = jax.tree.map(lambda leaf: on_mesh(leaf.shape, leaf.dtype, REPLICATED), state)
 
     @functools.cache  # a compilation takes a minute
-    def compiled(rows):  # a micro-batch of so many windows on each device
-        at = argparse.Namespace(**vars(args) | {"batch_size": rows * len(devices) * args.accumulate})
-        tokens = jax.ShapeDtypeStruct((args.accumulate, rows * len(devices), args.context + 1), np.int32)
-        step = make_train_step(at, mesh, optimizer)
-        lowered = step.lower(state, on_mesh(tokens, MICRO_ROWS), on_mesh(np.uint32(0), REPLICATED))
+    def compiled(rows):
+        """With micro-batches of so many windows on each device: its text, and the bytes it takes there."""
+        tokens = on_mesh((args.accumulate, rows * mesh.size, args.context + 1), np.int32, MICRO_ROWS)
+        lowered = train_step.lower(state, tokens, on_mesh((), np.uint32, REPLICATED))
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -564,20 +564,20 @@ def compile_report(args, devices):
         sizes = program.memory_analysis()  # the outputs reuse the donated arguments
         return program.as_text(), sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
 
-    rows = args.batch_size // args.accumulate // len(devices)
-    count = parameter_count(state["model"])
-    print(f"{len(devices)} x {devices[0].device_kind}, {args.precision}, {count:,} parameters")
+    rows = args.batch_size // args.accumulate // mesh.size
+    device, count = mesh.devices.flat[0], parameter_count(state["model"])
+    print(f"{mesh.size} x {device.device_kind}, {args.precision}, {count:,} parameters")
     print(f"micro-batch: {rows} windows of {args.context} tokens on each device")
-    peak_flops, memory, clock = device_limits(devices[0])
+    peak_flops, memory, clock = device_limits(device)
     text, constant, temporary = compiled(rows)
-    collectives = Counter(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text))
-    seconds = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / clock
-    flops = flops_per_token(args, state["model"]) * args.batch_size * args.context / len(devices)
     print(f"memory per device: {(constant + temporary) / 1e9:.2f} GB of {memory / 1e9:.2f}")
     if text:
+        collectives = Counter(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text))
         print("collectives:", ", ".join(f"{count} {name}" for name, count in collectives.items()) or "none")
+        seconds = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / clock
+        flops = flops_per_token(args, state["model"]) * rows * args.context
         print(f"the compiler's estimate, without Pallas kernels: {1000 * seconds:.1f} ms for a micro-batch and an "
-              f"update, {flops / args.accumulate / seconds / peak_flops:.0%} of the peak")  # fmt: skip
+              f"update, {flops / seconds / peak_flops:.0%} of the peak")  # fmt: skip
     largest = 2 ** int(np.log2(max(1, (memory - constant) / temporary * rows)))  # a guess to start from
     while largest and sum(compiled(largest)[1:]) > memory:
         largest //= 2
@@ -588,10 +588,10 @@ def compile_report(args, devices):
 
 def main(argv):
     args, devices = read_flags(argv)
-    if args.compile_for:
-        return compile_report(args, devices)
-    data = Data(args.data, args.context)
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    if args.compile_for:
+        return compile_report(args, mesh)
+    data = Data(args.data, args.context)
     try:
         rows, stop = train(args, data, mesh)
     except jax.errors.JaxRuntimeError as error:
