@@ -85,10 +85,8 @@ def make_parser():
         add(f"--{name}", **kind, default=reference, help=f"reference: {reference}")
 
     add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, help="modern: Muon, rotary positions, QK-norm, no dropout; "
-        "original: as TchAIkovsky was trained, to compare with")  # fmt: skip
-    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, and AdamW for the rest; "
-        "its usual learning rate is twice AdamW's")  # fmt: skip
+    add("--recipe", choices=RECIPES, help="original: TchAIkovsky's; modern: Muon, rotary, QK-norm, no dropout")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, at twice the learning rate")
     add("--steps", type=int, help="optimizer steps")
     add("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result")
@@ -105,9 +103,8 @@ def make_parser():
     add("--max_hours", type=float, default=float("inf"), help="save and stop before this much time has passed")
 
     add = parser.add_argument_group("machines").add_argument
-    add("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I", help="one of several hosts: found by itself on "
-        "TPU pods and SLURM; else process 0's address, how many processes, and which is this. All read --data and "
-        "--run, so let them be shared")  # fmt: skip
+    add("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I", help="one of several hosts, which share --data "
+        "and --run: found by itself on TPU pods and SLURM; else process 0's address, how many, and which")  # fmt: skip
     add("--attention", choices=["splash", "cudnn", "xla"], help="default: the fastest here")
     add("--compile_for", metavar="TOPOLOGY", help="compile for TPUs elsewhere (v5e:2x4, v3:2x2x1) and report")
     return parser
