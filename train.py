@@ -187,10 +187,10 @@ def read_flags(argv):
 
 def device_limits(device):
     """Peak bfloat16 FLOP/s, memory in bytes and clock in Hz; NaN where not known."""
-    named = lambda name: re.search(name + r"(?!\d)", device.device_kind)  # an L40S is no L4
-    known = [limits for name, limits in DEVICES.items() if named(name)]
-    tera_flops, gibibytes, giga_hertz = known[0] if known else (np.nan, np.nan, np.nan)
-    return 1e12 * tera_flops, 2**30 * gibibytes, 1e9 * giga_hertz
+    for name, (tera_flops, gibibytes, giga_hertz) in DEVICES.items():
+        if re.search(name + r"(?!\d)", device.device_kind):  # an L40S is no L4
+            return 1e12 * tera_flops, 2**30 * gibibytes, 1e9 * giga_hertz
+    return np.nan, np.nan, np.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
