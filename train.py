@@ -353,19 +353,19 @@ def start(args, data, mesh, optimizer):
     run, source = Path(args.run), args.init_from
     shape = {name: getattr(args, name) for name in MODEL_FLAGS}
     cfg = Config(data.meta["vocab_size"], **shape, attention=args.attention)
-    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "config": dataclasses.asdict(cfg)}
+    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "config": dataclasses.asdict(cfg)}
     facts["flags"] = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
     facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
     try:
         if source:
-            made = load(source)[1]
+            made = {"rows": []} | load(source)[1]  # older checkpoints lack them
             if made["tokenizer_sha256"] != data.sha256:
                 theirs, way_out = made["tokenizer_sha256"][:12], Path(source).with_name("tokenizer.json")
                 raise ValueError(f"{source}: trained with tokenizer {theirs}, {data.folder} has {data.sha256[:12]}; "
                                  f"tokenize again with --tokenizer {way_out}")  # fmt: skip
             if args.resume:
-                facts |= {name: type(facts[name])(made[name]) for name in ("step", "seconds", "best")}
+                facts |= {name: type(facts[name])(made[name]) for name in ("step", "seconds", "best", "rows")}
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
@@ -389,28 +389,18 @@ def begin_anew(run, tokenizer):
         file.write(tokenizer)
 
 
-def read_log(run, last_step):
-    """The rows up to a checkpoint's step: a resumed run writes the later ones again."""
-    try:
-        lines = (run / "log.csv").read_text().splitlines() if (run / "log.csv").exists() else []
-        rows = [{name: row[name] for name in COLUMNS} for row in csv.DictReader(lines)]
-        return [row for row in rows if int(row["step"]) <= last_step]
-    except (ValueError, KeyError, TypeError):
-        fail(f"--run {run}: log.csv is damaged; move it away to go on without the rows so far")
-
-
 def write_log(run, rows):
-    """log.csv and, after an evaluation, the loss curve as a picture."""
+    """log.csv and, after an evaluation, the loss curve as a picture: of the rows that checkpoints hold as well."""
     with whole(run / "log.csv", "w") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    if not rows[-1].get("val_nats_per_token"):
+    if "val_nats_per_token" not in rows[-1]:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
     for name, style, label in (("train_loss", "-", "train"), ("val_nats_per_token", "o-", "held-out pieces")):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), style, label=label)
     axes.legend()
     with whole(run / "loss.png") as file:
@@ -449,8 +439,7 @@ def train(args, data, mesh):
     optimizer, schedule = make_optimizer(args)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = start(args, data, mesh, optimizer)
-    run, first, main_process = Path(args.run), facts["step"], jax.process_index() == 0
-    rows = read_log(run, first) if main_process and args.resume else []
+    run, first, rows, main_process = Path(args.run), facts["step"], facts["rows"], jax.process_index() == 0
     share_of_peak = introduce(args, data, mesh, state["model"])
     if main_process:
         print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
@@ -599,7 +588,7 @@ def main(argv):
         fail(f"--run {args.run}: {error}; the checkpoints there are whole")
     if jax.process_index() != 0:
         return
-    column = lambda name: [float(row[name]) for row in rows if row.get(name)] or [np.nan]
+    column = lambda name: [row[name] for row in rows if name in row] or [np.nan]
     per_note, per_token = column("val_nats_per_note")[-1], column("val_nats_per_token")[-1]
     print(f"final: val_nats_per_note={per_note:.4f} val_nats_per_token={per_token:.4f} "
           f"tokens_per_second={np.median(column('tokens_per_second')):.0f}")  # fmt: skip
