@@ -223,13 +223,6 @@ class Data:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             fail(f"--data {folder}: {reason}; make it: python tokenize.py [YOUR MIDI] --out {folder}")
 
-    def unigram_entropy(self):
-        """Nats per token of a model that only knows how frequent each token is: the first thing to beat."""
-        parts = np.array_split(self.tokens["train"], len(self.tokens["train"]) // 10**7 + 1)  # bincount copies as int64
-        counts = sum(np.bincount(part, minlength=self.meta["vocab_size"]) for part in parts)
-        share = counts[counts > 0] / counts.sum()
-        return -(share * np.log(share)).sum()
-
     def windows(self, split, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
         places = np.minimum(starts[:, None] + np.arange(length), len(self.tokens[split]) - 1)
@@ -440,8 +433,10 @@ def train(args, data, mesh):
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = start(args, data, mesh, optimizer)
     run, first, rows, main_process = Path(args.run), facts["step"], facts["rows"], jax.process_index() == 0
-    share_of_peak = introduce(args, data, mesh, state["model"])
+    peak_flops = mesh.size * device_limits(mesh.devices.flat[0])[0] if args.precision == "bfloat16" else np.nan
+    share_of_peak = flops_per_token(args, state["model"]) / peak_flops  # for a token per second; NaN where not known
     if main_process:
+        introduce(args, data, mesh, state["model"])
         print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
     if args.wandb and main_process:
         import wandb
@@ -472,7 +467,7 @@ def train(args, data, mesh):
         if done > lap_first:
             tokens = (done - lap_first) * args.batch_size * args.context
             row["tokens_per_second"] = tokens / (time.time() - lap_began)
-            row |= {"mfu": row["tokens_per_second"] * share_of_peak} if share_of_peak else {}
+            row |= {"mfu": row["tokens_per_second"] * share_of_peak} if share_of_peak > 0 else {}
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
         facts |= {"step": done, "seconds": time.time() - began}
@@ -494,15 +489,16 @@ def train(args, data, mesh):
 
 
 def introduce(args, data, mesh, model):
-    """Say what runs on what; returns the share of the devices' peak that one token per second takes, 0 if unknown."""
-    device, count = mesh.devices.flat[0], parameter_count(model)
-    entropy, tokens_per_note = data.unigram_entropy(), data.meta["val"]["tokens"] / data.meta["val"]["notes"]
-    if jax.process_index() == 0:
-        print(f"{mesh.size} x {device.device_kind}, {args.precision}: --size {args.size}, {count:,} parameters")
-        print(f"{data.meta['train']['tokens']:,} tokens, vocabulary {data.meta['vocab_size']:,}, unigram entropy "
-              f"{entropy:.3f} nats per token ({entropy * tokens_per_note:.3f} per note)")  # fmt: skip
-    peak = mesh.size * device_limits(device)[0]
-    return flops_per_token(args, model) / peak if args.precision == "bfloat16" and peak > 0 else 0
+    """Say what runs on what, and the nats of knowing only how frequent each token is: the first thing to beat."""
+    train, val = data.meta["train"], data.meta["val"]
+    parts = np.array_split(data.tokens["train"], train["tokens"] // 10**7 + 1)  # bincount makes an int64 copy
+    counts = sum(np.bincount(part, minlength=data.meta["vocab_size"]) for part in parts)
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * np.log(share)).sum()
+    kind = mesh.devices.flat[0].device_kind
+    print(f"{mesh.size} x {kind}, {args.precision}: --size {args.size}, {parameter_count(model):,} parameters")
+    print(f"{train['tokens']:,} tokens, vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
+          f"({entropy * val['tokens'] / val['notes']:.3f} per note)")  # fmt: skip
 
 
 def flops_per_token(args, model):
