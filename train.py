@@ -354,9 +354,8 @@ def start(args, data, mesh, optimizer):
         if source:
             made = {"rows": []} | load(source)[1]  # older checkpoints lack them
             if made["tokenizer_sha256"] != data.sha256:
-                theirs, way_out = made["tokenizer_sha256"][:12], Path(source).with_name("tokenizer.json")
-                raise ValueError(f"{source}: trained with tokenizer {theirs}, {data.folder} has {data.sha256[:12]}; "
-                                 f"tokenize again with --tokenizer {way_out}")  # fmt: skip
+                fail(f"{source}: made with tokenizer {made['tokenizer_sha256'][:12]}, {data.folder} with "
+                     f"{data.sha256[:12]}; tokenize with --tokenizer {Path(source).parent}/tokenizer.json")  # fmt: skip
             if args.resume:
                 facts |= {name: type(facts[name])(made[name]) for name in ("step", "seconds", "best", "rows")}
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
@@ -404,13 +403,13 @@ class Stop:
     """Ends a run early, on all processes at the same step: SIGTERM, Ctrl-C (the second one kills) and --max_hours."""
 
     def __init__(self, max_hours):
-        self.deadline, self.reason, self.signal = LAUNCHED + 3600 * max_hours, None, 0
+        self.deadline, self.reason, self.exit_code = LAUNCHED + 3600 * max_hours, None, 0
         self.checked, self.longest = time.time(), 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.reason, self.signal = signal.Signals(number).name, number
+        self.reason, self.exit_code = signal.Signals(number).name, 128 + number
         signal.signal(number, signal.SIG_DFL)
 
     def wanted(self, logging):
@@ -590,7 +589,7 @@ def main(argv):
           f"tokens_per_second={np.median(column('tokens_per_second')):.0f}")  # fmt: skip
     if stop.reason:
         print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
-        raise SystemExit(128 + stop.signal if stop.signal else 0)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":
