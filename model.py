@@ -114,8 +114,16 @@ def rotate(x_BTHK, start):
     frequency_P = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)
     angle_T1P = (start + jnp.arange(T))[:, None, None] * frequency_P
     cos, sin = jnp.cos(angle_T1P), jnp.sin(angle_T1P)
-    a, b = jnp.split(x_BTHK, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
+
+    def by_halves(x_BTHK):
+        a, b = jnp.split(x_BTHK, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+    def by_product(x_BTHK):  # the same, on TPUs, where cutting the last axis takes a quarter of the time
+        quarter_turn_KK = np.kron([[0, 1], [-1, 0]], np.eye(K // 2)).astype(x_BTHK.dtype)  # (a, b) -> (-b, a)
+        return x_BTHK * jnp.tile(cos, 2) + x_BTHK @ quarter_turn_KK * jnp.tile(sin, 2)
+
+    return jax.lax.platform_dependent(x_BTHK, tpu=by_product, default=by_halves).astype(x_BTHK.dtype)
 
 
 class Block(eqx.Module):

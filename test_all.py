@@ -926,6 +926,14 @@ def test_a_token_changes_its_own_logits_and_no_earlier_ones():
     assert (np.abs(before - after)[9:].max(axis=-1) > 1e-4).all()
 
 
+def test_rotation_for_a_tpu_equals_that_for_other_devices(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
+    elsewhere = model.rotate(x, 7)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, tpu, default: tpu(x))
+    np.testing.assert_allclose(model.rotate(x, 7), elsewhere, atol=1e-6)
+    assert np.abs(elsewhere - x).max() > 0.5
+
+
 def sliding_attention(q, k, v, kind, window=32):
     """Attention to the last `window` tokens alone, by its formula."""
     age = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])
