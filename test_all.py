@@ -1404,6 +1404,7 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
             capsys, "--run", trained, "--resume", f"--{name}", value
         )
     assert "--rotary True" in say("--data", markov, "--init_from", trained / "best.ckpt", "--rotary")
+    assert "leave out --recipe" in say("--data", markov, "--init_from", trained / "best.ckpt", "--recipe", "modern")
     assert "--size, --recipe" in mistake(capsys, "--run", trained, "--resume", "--recipe", "modern")
     assert "--optimizer muon" in mistake(capsys, "--run", trained, "--resume", "--optimizer", "muon")
     for name in ("learning_rate", "weight_decay", "grad_clip", "bos_share", "max_hours", "dropout"):
@@ -1445,9 +1446,11 @@ def test_overwriting_destroys_nothing_before_the_first_step(markov, trained, tmp
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(markov, tmp_path):
     with pytest.raises(SystemExit, match="diverged: at step .*\n.*--learning_rate"):
-        flags = ["--learning_rate", 1e4, "--grad_clip", 1e9, "--warmup", 30, "--save_every", 1]
+        flags = ["--learning_rate", 1e4, "--grad_clip", 1e9, "--warmup", 30, "--eval_every", 1]
         run_train("--data", markov, "--run", tmp_path, "--steps", 400, *flags)
     assert all(np.isfinite(weights).all() for weights in weights_of(tmp_path).values())
+    _, meta = model.load(tmp_path / "last.ckpt")
+    assert meta["rows"][-1]["val_nats_per_token"] < 2 * (np.log(meta["config"]["vocab_size"]) + 1)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(markov, tmp_path, monkeypatch, capsys):

@@ -58,7 +58,12 @@ THIS_LAUNCH = ["run", "overwrite", "resume", "init_from", "max_hours", "multihos
 DIVERGED = """
 The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. {run} keeps the
 last good checkpoints. Try a lower --learning_rate, a longer --warmup (now {warmup}) or --precision float32."""
-MODEL_FLAGS = ["dim", "heads", "layers", "context", "dropout", "rotary", "qk_norm", "tied"]
+MODEL_FLAGS = dict(
+    dim="width of the residual stream", heads="attention heads", layers="blocks",
+    context="most tokens seen at once", dropout="share of the activations that training zeroes",
+    rotary="turn queries and keys by their position, instead of learned positions",
+    qk_norm="queries and keys of length 1", tied="one matrix for the token embedding and the head",
+)  # fmt: skip
 LAUNCHED = time.time()
 
 
@@ -67,7 +72,10 @@ LAUNCHED = time.time()
 
 def make_parser():
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS)
+    flags = lambda values: " ".join(f"--{name} {value}" for name, value in values.items())
+    sizes = "\n".join(f"  {size:5s} {flags(values)}" for size, values in SIZES.items())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS,
+                                     epilog=f"sizes:\n{sizes}", allow_abbrev=False)  # fmt: skip
     add = parser.add_argument_group("what and where").add_argument
     add("--data", default="data", help="folder written by tokenize.py")
     add("--run", default="run", help="folder for checkpoints, log.csv and loss.png")
@@ -79,10 +87,10 @@ def make_parser():
 
     add = parser.add_argument_group("model (the size sets what you don't)").add_argument
     add("--size", choices=SIZES, help="default: tiny on CPU, base on GPU and TPU")
-    for name in MODEL_FLAGS:
+    for name, meaning in MODEL_FLAGS.items():
         reference = getattr(Config, name)
         kind = {"action": argparse.BooleanOptionalAction} if reference is False else {"type": type(reference)}
-        add(f"--{name}", **kind, default=reference, help=f"reference: {reference}")
+        add(f"--{name}", **kind, default=reference, help=meaning)
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="original: TchAIkovsky's; modern: Muon, rotary, QK-norm, no dropout")
@@ -127,6 +135,8 @@ def read_flags(argv):
             fail(f"--multihost {args.multihost}: {error}")
     if args.resume and (args.size or args.recipe or args.init_from):
         fail("--resume goes on with the run's own size, recipe and weights: leave out --size, --recipe and --init_from")
+    if args.init_from and args.recipe:
+        fail("--init_from keeps that model's network: leave out --recipe (--optimizer and --windows may be given)")
     if args.wandb and not importlib.util.find_spec("wandb"):
         fail("--wandb: pip install wandb")
     devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
@@ -214,14 +224,14 @@ class Data:
                 if len(tokens) != facts["tokens"]:
                     raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {facts['tokens']}")
                 if len(tokens) <= context:
-                    raise ValueError(f"{split}.bin: {len(tokens)} tokens, under --context {context}: add music")
+                    raise ValueError(f"{split}.bin: {len(tokens)} tokens are too few for --context {context}: lower it")
                 if tokens.max() >= vocab_size:
                     raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
                 if not (len(starts) and facts["notes"] > 0 and facts["seconds"] > 0):
                     raise ValueError(f"there is no music in {split}")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            fail(f"--data {folder}: {reason}; make it: python tokenize.py [YOUR MIDI] --out {folder}")
+            fail(f"--data {folder}: {reason}; make it: python tokenize.py --out {folder}")
 
     def windows(self, split, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
@@ -461,14 +471,15 @@ def train(args, data, mesh):
 
         loss, grad_norm = map(float, metrics)  # waits for the device
         row = {"step": done, "train_loss": loss, "learning_rate": float(schedule(step)), "grad_norm": grad_norm}
-        if not (loss < np.log(data.meta["vocab_size"]) + 1 and np.isfinite(grad_norm)):  # worse than a blind guess
-            raise SystemExit(DIVERGED.format(**vars(args) | row))
         if done > lap_first:
             tokens = (done - lap_first) * args.batch_size * args.context
             row["tokens_per_second"] = tokens / (time.time() - lap_began)
             row |= {"mfu": row["tokens_per_second"] * share_of_peak} if share_of_peak > 0 else {}
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
+        limit = np.log(data.meta["vocab_size"]) + 1  # worse than a blind guess; overfitting may come closer
+        if not (loss < limit and np.isfinite(grad_norm) and row.get("val_nats_per_token", 0) < 2 * limit):
+            raise SystemExit(DIVERGED.format(**vars(args) | row))
         facts |= {"step": done, "seconds": time.time() - began}
         if main_process:
             rows.append(row | {"seconds": round(facts["seconds"], 1)})
