@@ -211,23 +211,21 @@ def piano(score, dry):
 
 def base_ids(score, tokenizer):
     """Prepared Score -> ids before BPE [N]: those of tokenizer.encode, without a Python object a token."""
-    config, vocab = tokenizer.config, tokenizer.vocab
+    config = tokenizer.config
     if config.use_tempos or config.use_chords or config.use_sustain_pedals or config.use_time_signatures:
         return np.array(tokenizer.encode(score, encode_ids=False)[0].ids, np.uint16)
     notes, grid = score.tracks[0].notes.numpy(), score.ticks_per_quarter
     time, bar = notes["time"], 4 * grid
     lengths = np.array([(beats * parts + part) * grid // parts for beats, part, parts in tokenizer.durations])
-    length_ids = np.array([vocab["Duration_{}.{}.{}".format(*length)] for length in tokenizer.durations])
-    velocity_ids = np.array([vocab[f"Velocity_{velocity}"] for velocity in tokenizer.velocities])
     moves = np.diff(time, prepend=-1) != 0  # the first note of every chord needs a Position
-    position = np.where(moves, vocab["Position_0"] + time % bar, -1)
-    lowest = config.pitch_range[0]
-    pitch = vocab[f"Pitch_{lowest}"] + notes["pitch"].astype(int) - lowest
-    velocity = velocity_ids[nearest(tokenizer.velocities, notes["velocity"])]
-    length = length_ids[nearest(lengths, notes["duration"])]
+    first = {kind: tokenizer.token_ids_of_type(kind)[0] for kind in ("Position", "Pitch", "Velocity", "Duration")}
+    position = np.where(moves, first["Position"] + time % bar, -1)
+    pitch = first["Pitch"] + notes["pitch"].astype(int) - config.pitch_range[0]
+    velocity = first["Velocity"] + nearest(tokenizer.velocities, notes["velocity"])
+    length = first["Duration"] + nearest(lengths, notes["duration"])
     rows = np.stack([position, pitch, velocity, length], axis=1)  # one a note; -1 is no token
     bars = np.repeat(4 * np.arange(len(rows)), np.diff(time // bar, prepend=-1))  # where they begin in the rows
-    ids = np.insert(rows.ravel(), bars, vocab["Bar_None"])
+    ids = np.insert(rows.ravel(), bars, tokenizer["Bar_None"])
     return ids[ids >= 0].astype(np.uint16)
 
 
