@@ -105,9 +105,9 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, 
 def load_tokenizer(path):
     """Read a tokenizer.json that this file wrote."""
     try:
-        special = json.loads(Path(path).read_text())["config"]["special_tokens"]
         tokenizer = REMI(params=path)
-        if special != ["PAD_None", "BOS_None", "EOS_None"] or tokenizer.vocab != REMI(tokenizer.config).vocab:
+        wanted = ["PAD_None", "BOS_None", "EOS_None"]
+        if tokenizer.special_tokens != wanted or tokenizer.vocab != REMI(tokenizer.config).vocab:
             raise ValueError("written by another program")
         return tokenizer
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
