@@ -431,22 +431,19 @@ def limit_memory():
 
 
 def split(takes, val_fraction, split_by, seed):
-    """Give every take a side, "train" or "val", by a draw from its piece's name: all takes go together.
+    """Give every take a side, "train" or "val", by a draw from its piece's name: adding files moves no piece.
 
-    A draw depends on nothing else, so adding files moves no piece; only where draws leave a side empty does
-    the nearest piece go there. Where all files are in one folder, every file is a piece.
+    Where the draws leave a side empty, the nearest piece goes there. A single folder has a piece in every file.
     """
     if split_by == "file" or len({take.piece for take in takes}) == 1:
         takes = [take._replace(piece=take.name, side="") for take in takes]
-    draws = {}
-    for piece in {take.piece for take in takes if not take.side}:
-        digest = hashlib.sha256(os.fsencode(f"{seed} {piece}")).hexdigest()
-        draws[piece] = int(digest[:16], 16) / 2**64
-    held_out = {piece for piece, draw in draws.items() if draw <= val_fraction}
-    if draws and not held_out:
-        held_out = {min(draws, key=draws.get)}
-    if draws and len(held_out) == len(draws):
-        held_out.remove(max(draws, key=draws.get))
+
+    def draw(piece):
+        return int(hashlib.sha256(os.fsencode(f"{seed} {piece}")).hexdigest(), 16) / 2**256
+
+    pieces = sorted({take.piece for take in takes if not take.side}, key=draw)
+    count = sum(draw(piece) <= val_fraction for piece in pieces)
+    held_out = set(pieces[: min(max(count, 1), len(pieces) - 1)])  # both sides get one
     return [take._replace(side=take.side or ("val" if take.piece in held_out else "train")) for take in takes]
 
 
