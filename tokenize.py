@@ -37,14 +37,12 @@ else:
     import shutil
     import sys
     import tarfile
-    import threading
     import time
     import urllib.request
     import zipfile
     from collections import Counter, namedtuple
-    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
     from concurrent.futures import TimeoutError  # not the built-in one before Python 3.11
-    from concurrent.futures.process import BrokenProcessPool
     from contextlib import suppress
     from functools import partial
     from pathlib import Path
@@ -391,32 +389,30 @@ def read_one(tokenizer, path):
 
 def parallel(function, items, workers, seconds=MAX_SECONDS):
     """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item."""
-    context, mine, pools = multiprocessing.get_context("spawn"), threading.local(), []
+    new_pool = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), limit_memory)
+    idle = [new_pool() for _ in range(workers)]  # of one process each; as many as there are threads
 
     def ask(item):
+        pool = idle.pop()
         try:
-            if not hasattr(mine, "pool"):  # every thread has one process of its own, a new one when that is lost
-                mine.pool = ProcessPoolExecutor(1, context, limit_memory)
-                pools.append(mine.pool)
-                mine.process = mine.pool.submit(os.getpid).result()
-            return mine.pool.submit(function, item).result(seconds), None
-        except BrokenProcessPool:
-            reason = "crashed: it killed the process that read it"
+            process = pool.submit(os.getpid).result()
+            return pool.submit(function, item).result(seconds), None
+        except BrokenExecutor:
+            pool, reason = new_pool(), "crashed: it killed the process that read it"
         except TimeoutError:
-            reason = f"too slow: gave up after {seconds} s"
-            os.kill(mine.process, signal.SIGTERM)
+            os.kill(process, signal.SIGTERM)
+            pool, reason = new_pool(), f"too slow: gave up after {seconds} s"
         except Exception as error:
-            return None, str(error) if isinstance(error, Refused) else f"failed: {type(error).__name__}: {error}"
-        del mine.pool
+            reason = str(error) if isinstance(error, Refused) else f"failed: {type(error).__name__}: {error}"
+        finally:
+            idle.append(pool)
         return None, reason
 
-    try:
-        with ThreadPoolExecutor(workers) as threads:
-            for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
-                yield from threads.map(ask, items[first : first + 1000])
-    finally:
-        for pool in pools:
-            pool.shutdown()
+    with ThreadPoolExecutor(workers) as threads:
+        for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
+            yield from threads.map(ask, items[first : first + 1000])
+    for pool in idle:
+        pool.shutdown()
 
 
 def limit_memory():
