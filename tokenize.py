@@ -278,8 +278,7 @@ def find_files(sources, work, skipped):
             root, files = path.parent, [path]
         else:
             root = path if path.is_dir() else fetch(source, work / str(number))
-            unreadable = lambda error: skipped.append((error.filename, "unreadable folder"))
-            walk = os.walk(root, onerror=unreadable)  # it follows no link to a folder
+            walk = os.walk(root, onerror=lambda error: skipped.append((error.filename, "unreadable folder")))
             files = [Path(folder, name) for folder, _, names in walk for name in names]
         for table in (file for file in files if file.match("maestro-v*.csv")):
             published |= published_split(table)
@@ -329,7 +328,7 @@ def download(address, folder):
     address, _, sha256 = address.partition("#sha256=")
     start, _, name = address.partition("?")[0].rpartition("/")
     if start.startswith("hf://"):
-        return Path(hf_hub_download(start[len("hf://") :], name, repo_type="dataset"))
+        return Path(hf_hub_download(start.removeprefix("hf://"), name, repo_type="dataset"))
     path = folder / (name or "archive")
     with urllib.request.urlopen(address, timeout=30) as reply, open(path, "wb") as file:
         total = int(reply.headers.get("Content-Length") or 0)
@@ -369,15 +368,15 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
         for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
             if answer:
                 ids, notes, seconds = answer
-                digest = hashlib.sha256(ids).digest()
-                reason = f"duplicate: the same notes as {seen[digest]}" if digest in seen else None
+                first = seen.setdefault(hashlib.sha256(ids).digest(), take)
+                if first is take:
+                    start = base.tell() // ids.itemsize
+                    ids.tofile(base)
+                    readable.append(take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds))
+                else:
+                    reason = f"duplicate: the same notes as {first.name}"
             if reason:
                 skipped.append((take.name, reason))
-                continue
-            seen[digest] = take.name
-            start = base.tell() // ids.itemsize
-            ids.tofile(base)
-            readable.append(take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds))
     return readable
 
 
