@@ -147,20 +147,18 @@ def prepare(score, tokenizer):
     grid = config.max_num_pos_per_beat * (2 if config.use_time_signatures else 1)  # beats of x/8 are halves
     positions = grid / (score.ticks_per_quarter if own_beats else 0.5)  # per tick, or per second
     origin = first_bar(score, notes[0].min()) if own_beats else notes[0].min()  # cuts the silence before
-    start, end = np.round((notes[:2] - origin) * positions)
-    if start.min() < 0 or not end.max() <= MAX_BEATS * grid:
+    notes[:2] = np.round((notes[:2] - origin) * positions)
+    _, order = np.unique(128 * notes[0] + notes[2], return_index=True)  # one a key and position
+    start, end, pitch, velocity = notes[:, order]
+    if start[0] < 0 or not end.max() <= MAX_BEATS * grid:
         raise Refused(f"too long: over {MAX_BEATS} beats")
-    if np.diff(np.sort(start)).max(initial=0) > MAX_SILENCE * grid:
+    if np.diff(start).max(initial=0) > MAX_SILENCE * grid:
         raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
-    _, order = np.unique(128 * start + notes[2], return_index=True)  # one a key and position
-    time, length = start[order].astype(np.int32), np.maximum(end - start, 1)[order].astype(np.int32)
-    pitch, velocity = notes[2:, order].astype(np.int8)
-    track = Track()
-    track.notes = Note.from_numpy(time, length, pitch, velocity, "tick")
+    track, prepared = Track(), Score(grid)
+    track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
     if config.use_sustain_pedals:
-        for down, up in np.round((pedal - origin) * positions).clip(0).astype(int).tolist():
-            track.pedals.append(Pedal(down, max(1, up - down)))
-    prepared = Score(grid)
+        down, up = np.round((pedal - origin) * positions).clip(0)
+        track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
     prepared.tracks.append(track)
     prepared.tempos.append(Tempo(0, 120))
     if own_beats:
@@ -181,7 +179,7 @@ def first_bar(score, tick):
 
 
 def piano(score, dry):
-    """All tracks but drums as one piano: notes [4, N] (start, end, pitch, velocity), pedal [M, 2] (down, up).
+    """All tracks but drums as one piano: notes [4, N] (start, end, pitch, velocity), pedal [2, M] (down, up).
 
     Notes are sorted by pitch and start. Unless dry, the pedal holds them; their key struck again ends them.
     """
@@ -197,10 +195,10 @@ def piano(score, dry):
     pedal = time[order][np.diff(is_down[order], prepend=0) != 0]  # down, up, down, up ...
     if len(pedal) % 2:
         pedal = np.append(pedal, max(pedal[-1], end.max(initial=0)))  # never lifted, so up at the end
-    pedal = pedal.reshape(-1, 2)
-    if len(pedal) and not dry:
-        last = np.searchsorted(pedal[:, 0], end, "right") - 1  # when the pedal last went down
-        end = np.where(last >= 0, np.maximum(end, pedal[last, 1]), end)
+    pedal = pedal.reshape(-1, 2).T
+    if pedal.size and not dry:
+        last = np.searchsorted(pedal[0], end, "right") - 1  # when the pedal last went down
+        end = np.where(last >= 0, np.maximum(end, pedal[1, last]), end)
     notes = np.stack([start, end, pitch, velocity])[:, np.lexsort((velocity, end, start, pitch))]
     struck_again = np.where(notes[2, 1:] == notes[2, :-1], notes[0, 1:], np.inf)
     notes[1, :-1] = np.minimum(notes[1, :-1], struck_again)
