@@ -479,7 +479,7 @@ def round_trip(takes, tokenizer):
         ids = encode(prepare(played, tokenizer), tokenizer)
         before, after = (piano(score.to("second"), dry)[0] for score in (played, tokenizer.decode([ids])))
         lost = before.shape[1] - after.shape[1]
-        sums.update(files=1, notes=before.shape[1], lost=lost, tokens=len(ids), seconds=take.seconds)
+        sums.update(files=1, notes=before.shape[1], notes_lost=lost, tokens=len(ids), seconds=take.seconds)
         for notes in (before, after):
             notes[1] -= notes[0]  # lengths, not ends
             notes[0] -= notes[0].min()
@@ -487,8 +487,7 @@ def round_trip(takes, tokenizer):
         match = nearest(after[2] * 1e9 + after[0], before[2] * 1e9 + before[0])  # same key, nearest time
         errors.append(np.abs(before - after[:, match])[:, before[2] == after[2, match]])
     onset, duration, _, velocity = np.percentile(np.hstack(errors), [50, 95], axis=1).T.round(2).tolist()
-    report = {"files": sums["files"], "notes": sums["notes"], "notes_lost": sums["lost"]}
-    report |= {"onset_ms": onset, "duration_ms": duration, "velocity": velocity}
+    report = {**sums, "onset_ms": onset, "duration_ms": duration, "velocity": velocity}
     report["tokens_per_note"] = round(sums["tokens"] / sums["notes"], 2)
     report["tokens_per_second"] = round(sums["tokens"] / sums["seconds"], 2)
     return report
