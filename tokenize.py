@@ -454,8 +454,7 @@ def write_side(path, takes, base, tokenizer, shifts, dtype):
     """Write every take, in all transpositions that the keyboard holds, as BOS ... EOS; count them."""
     tables = [transposition(tokenizer, semitones) for semitones in shifts]
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
-    counts["notes"] = sum(take.notes for take in takes)
-    counts["seconds"] = round(sum(take.seconds for take in takes))
+    counts.update(notes=sum(take.notes for take in takes), seconds=round(sum(take.seconds for take in takes)))
     with open(path, "wb") as file:
         for first in tqdm(range(0, len(takes), 16), f"writing {path.name}", unit=" batches of 16 files"):
             for table in tables:
@@ -463,11 +462,7 @@ def write_side(path, takes, base, tokenizer, shifts, dtype):
                 for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
                     np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
                     counts.update(sequences=1, tokens=len(ids) + 2)
-    ratio = counts["tokens"] / counts["notes"] * counts["files"] / counts["sequences"]  # in one of the copies
-    print(
-        f"{path.stem}: {counts['pieces']:,} pieces, {counts['files']:,} takes, {counts['notes']:,} notes, "
-        f"{counts['seconds'] / 3600:.2f} hours, {counts['tokens']:,} tokens, {ratio:.2f} tokens per note"
-    )
+    print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return counts
 
 
