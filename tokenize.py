@@ -570,7 +570,7 @@ def main(args):
     tokenizer = build_tokenizer(args.beat_res, args.num_velocities, *options)
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
-    elif 0 < (args.vocab_size or 0) <= len(tokenizer):
+    elif args.vocab_size and args.vocab_size <= len(tokenizer):
         raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}, the base tokens")
 
     takes = find_files(args.sources or [compose_corpus(args.etudes, args.seed, work / "etudes")], work, skipped)
@@ -630,15 +630,13 @@ def parse_arguments():
     flag("--split_by", choices=["piece", "file"], default="piece", help="a piece is a folder (piece)")
     flag("--etudes", type=int, default=2000, help="études to compose without SOURCE (2000)")
     flag("--report", action="store_true", help="print what the tokens lose (meta.json has it anyway)")
-    flag("--workers", type=int, default=os.cpu_count(), help="processes that read files (one a core)")
+    flag("--workers", type=int, default=os.cpu_count() or 1, help="processes that read files (one a core)")
     flag("--seed", type=int, default=0, help="draws the études and the split (0)")
     args = parser.parse_args()
-    limits = {"vocab_size": (0, 10**6), "num_velocities": (1, 127), "transpose": (0, 24)}
-    limits |= {"val_fraction": (0.001, 0.999), "etudes": (2, 10**6), "workers": (1, 1000)}
+    limits = {"num_velocities": (1, 127), "transpose": (0, 24), "val_fraction": (0.001, 0.999), "workers": (1, 1000)}
     for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name} {value}: must be from {low} to {high}")
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     return parser, args
 
 
