@@ -456,12 +456,11 @@ def write_side(path, takes, base, tokenizer, shifts, dtype):
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
     counts.update(notes=sum(take.notes for take in takes), seconds=round(sum(take.seconds for take in takes)))
     with open(path, "wb") as file:
-        for first in tqdm(range(0, len(takes), 16), f"writing {path.name}", unit=" batches of 16 files"):
-            for table in tables:
-                shifted = [table[base[take.span]] for take in takes[first : first + 16]]
-                for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
-                    np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
-                    counts.update(sequences=1, tokens=len(ids) + 2)
+        for take in tqdm(takes, f"writing {path.name}", unit=" files"):
+            shifted = [table[base[take.span]] for table in tables]
+            for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
+                np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
+                counts.update(sequences=1, tokens=len(ids) + 2)
     print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return counts
 
