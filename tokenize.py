@@ -450,9 +450,9 @@ def train_bpe(tokenizer, takes, base, vocab_size):
     tokenizer.train(vocab_size=vocab_size, iterator=texts)
 
 
-def write_side(path, takes, base, tokenizer, shifts, dtype):
+def write_side(path, takes, base, tokenizer, transpose, dtype):
     """Write every take, in all transpositions that the keyboard holds, as BOS ... EOS; count them."""
-    tables = [transposition(tokenizer, semitones) for semitones in shifts]
+    tables = [transposition(tokenizer, semitones) for semitones in range(-transpose, transpose + 1)]
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
     counts.update(notes=sum(take.notes for take in takes), seconds=round(sum(take.seconds for take in takes)))
     with open(path, "wb") as file:
@@ -594,9 +594,8 @@ def main(args):
     meta = {"vocab_size": len(tokenizer), "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32"}
     meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
     meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
-    shifts = range(-args.transpose, args.transpose + 1)
-    meta["train"] = write_side(work / "train.bin", train, base, tokenizer, shifts, meta["dtype"])
-    meta["val"] = write_side(work / "val.bin", val, base, tokenizer, [0], meta["dtype"])
+    meta["train"] = write_side(work / "train.bin", train, base, tokenizer, args.transpose, meta["dtype"])
+    meta["val"] = write_side(work / "val.bin", val, base, tokenizer, 0, meta["dtype"])
     meta |= {"settings": vars(args), "skipped": reasons, "round_trip": round_trip(takes, tokenizer)}
     if args.report:
         print(f"round trip: {meta['round_trip']}")
