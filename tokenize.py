@@ -575,7 +575,7 @@ def main(args):
     takes = find_files(args.sources or [compose_corpus(args.etudes, args.seed, work / "etudes")], work, skipped)
     takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
     reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
-    print(f"read {len(takes)} files, skipped {len(skipped)}" + f": {reasons}" * bool(reasons))
+    print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
     takes = split(takes, args.val_fraction, args.split_by, args.seed)
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
     if not train or not val:
