@@ -232,15 +232,15 @@ def nearest(choices, values):
 
 def encode(score, tokenizer):
     """Prepared Score -> list of ids, as they stand between BOS and EOS in the training data."""
-    return add_bpe([base_ids(score, tokenizer)], tokenizer)[0]
+    return add_bpe(base_ids(score, tokenizer), tokenizer)
 
 
-def add_bpe(sequences, tokenizer):
-    """Arrays of base ids -> lists of ids after BPE."""
+def add_bpe(ids, tokenizer):
+    """Base ids [N] -> list of ids after BPE."""
     if not tokenizer.is_trained:
-        return [ids.tolist() for ids in sequences]
-    texts = [bar_words(ids, tokenizer) for ids in sequences]
-    return [encoding.ids for encoding in tokenizer._model.encode_batch_fast(texts, is_pretokenized=True)]
+        return ids.tolist()
+    batch = [bar_words(ids, tokenizer)]  # of one: there is no fast call for a single text
+    return tokenizer._model.encode_batch_fast(batch, is_pretokenized=True)[0].ids
 
 
 def bar_words(ids, tokenizer):
@@ -457,10 +457,12 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
     counts.update(notes=sum(take.notes for take in takes), seconds=round(sum(take.seconds for take in takes)))
     with open(path, "wb") as file:
         for take in tqdm(takes, f"writing {path.name}", unit=" files"):
-            shifted = [table[base[take.span]] for table in tables]
-            for ids in add_bpe([ids for ids in shifted if ids.min() >= 0], tokenizer):
-                np.array([tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]], dtype).tofile(file)
-                counts.update(sequences=1, tokens=len(ids) + 2)
+            for table in tables:
+                shifted = table[base[take.span]]
+                if shifted.min() >= 0:
+                    ids = [tokenizer["BOS_None"], *add_bpe(shifted, tokenizer), tokenizer["EOS_None"]]
+                    np.array(ids, dtype).tofile(file)
+                    counts.update(sequences=1, tokens=len(ids))
     print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return counts
 
