@@ -150,7 +150,7 @@ def prepare(score, tokenizer):
     notes[:2] = np.round((notes[:2] - origin) * positions)
     _, order = np.unique(128 * notes[0] + notes[2], return_index=True)  # one a key and position
     start, end, pitch, velocity = notes[:, order]
-    if start[0] < 0 or not end.max() <= MAX_BEATS * grid:
+    if not end.max() <= MAX_BEATS * grid:  # or is no number
         raise Refused(f"too long: over {MAX_BEATS} beats")
     if np.diff(start).max(initial=0) > MAX_SILENCE * grid:
         raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
@@ -313,9 +313,7 @@ def fetch(source, work):
     try:
         work.mkdir()
         archive = Path(source) if os.path.isfile(source) else download(address, work)
-        folder = work / "files" / archive.name.split(".")[0]
-        unpack(archive, folder)
-        return folder
+        return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
         reason, again = " ".join(str(error).split()), "; run again" if "://" in address else ""
         raise Refused(f"{source}: no whole .zip or .tar.gz could be had ({reason}){again}") from error
@@ -340,7 +338,7 @@ def download(address, folder):
 
 
 def unpack(archive, folder):
-    """Unpack a .zip or .tar.gz, if it is whole; zipfile and tarfile's data filter never write elsewhere."""
+    """Unpack a whole .zip or .tar.gz into a folder, which is returned; neither library writes elsewhere."""
     print(f"unpacking {archive.name!a}")  # its name may not be UTF-8
     limit, size = 200_000_000 + 100 * archive.stat().st_size, 0
     if zipfile.is_zipfile(archive):
@@ -351,11 +349,12 @@ def unpack(archive, folder):
             while size <= limit and stream.read(1 << 20):
                 size = stream.tell()
         opened = tarfile.open(archive)
-        opened.extraction_filter = tarfile.data_filter
+        opened.extraction_filter = tarfile.data_filter  # refuses what leads out of the folder
     if size > limit:
         raise Refused(f"a bomb? It would fill over {limit:,} bytes")
     with opened:
         opened.extractall(folder)
+    return folder
 
 
 def read_takes(takes, tokenizer, workers, base_path, skipped):
