@@ -610,7 +610,7 @@ def main(args):
     print(f"{args.out}: ready after {time.monotonic() - began:.0f} s; next: python train.py --data {args.out}")
 
 
-def parse_arguments():
+if __name__ == "__main__":
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, usage=argparse.SUPPRESS)
     flag = parser.add_argument
@@ -636,11 +636,7 @@ def parse_arguments():
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
-    return parser, args
 
-
-if __name__ == "__main__":
-    parser, args = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill tidies up as Ctrl-C does
     try:
         main(args)
