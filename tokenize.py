@@ -429,10 +429,7 @@ def split(takes, val_fraction, split_by, seed):
     """
     if split_by == "file" or len({take.piece for take in takes}) == 1:
         takes = [take._replace(piece=take.name, side="") for take in takes]
-
-    def draw(piece):
-        return int(hashlib.sha256(os.fsencode(f"{seed} {piece}")).hexdigest(), 16) / 2**256
-
+    draw = lambda piece: int(hashlib.sha256(os.fsencode(f"{seed} {piece}")).hexdigest(), 16) / 2**256
     pieces = sorted({take.piece for take in takes if not take.side}, key=draw)
     count = sum(draw(piece) <= val_fraction for piece in pieces)
     held_out = set(pieces[: min(max(count, 1), len(pieces) - 1)])  # both sides get one
