@@ -65,7 +65,8 @@ def number(kind, low, high):
 
 def parse_flags():
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS,
+                                     allow_abbrev=False)  # fmt: skip
     count, seconds = number(int, 1, 10**6), number(float, 0.01, 10**6)
     flag = parser.add_argument
     flag("--run", type=Path, default="run", help="folder that train.py wrote (default: run)")
@@ -178,7 +179,7 @@ def read_prompt(args, tokenizer):
             score = first_seconds(midi_tokenize.prepare(score, tokenizer), args.prompt_seconds or math.inf)
         except ValueError as error:
             raise ValueError(f"--prompt {args.prompt}: {error}") from error
-    elif args.chords or args.scale or args.motif:
+    elif (args.chords, args.scale, args.motif) != (None, None, None):
         score = midi_tokenize.prepare(text_to_score(args), tokenizer)
     else:
         return []
@@ -536,11 +537,11 @@ def tone(pitch, loudness):
 def write_wav(path, notes):
     """Notes -> stereo sound, low ones on the left, as the pianist hears them."""
     sound = np.zeros((int(SAMPLE_RATE * ((notes["time"] + notes["duration"]).max() + 2)), 2), np.float32)
-    for time, duration, pitch, velocity in zip(*notes.values()):
+    for start, duration, pitch, velocity in zip(*notes.values()):
         string = tone(int(pitch), int(velocity) // 32)[: int(SAMPLE_RATE * (duration + 0.4))]
         after_release = (np.arange(len(string)) / SAMPLE_RATE - duration).clip(0)
         string = string * (velocity / 127) ** 1.7 * np.exp(-12 * after_release)
-        begin, right = int(SAMPLE_RATE * time), 0.5 + (pitch - 64) / 160
+        begin, right = int(SAMPLE_RATE * start), 0.5 + (pitch - 64) / 160
         sound[begin : begin + len(string)] += string[:, None] * (1 - right, right)
     with wave.open(str(path), "wb") as file:
         file.setparams((2, 2, SAMPLE_RATE, len(sound), "NONE", ""))
@@ -684,7 +685,7 @@ def load_run(folder):
     paths = [folder / "best.ckpt", folder / "last.ckpt"]  # a run that was cut short may only have the latter
     path = next((path for path in paths if path.exists()), None)
     if not path:
-        raise ValueError(f"--run {folder}: holds no checkpoint; make one: python train.py --run {folder}")
+        raise ValueError(f"--run {folder}: no folder with a checkpoint; make one: python train.py")
     trees, facts = load(path, lambda facts: {"model": Decoder(Config(**facts["config"]), jax.random.key(0))})
     tokenizer = midi_tokenize.load_tokenizer(folder / "tokenizer.json")
     model = trees["model"]

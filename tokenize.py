@@ -561,6 +561,8 @@ def compose(seed):
 
 def main(args):
     began, work, skipped = time.monotonic(), args.out / ".unfinished", []
+    if any(args.out.glob("*.ckpt")):
+        raise Refused(f"--out {args.out}: holds a trained model and its tokenizer; name another folder")
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     work.mkdir(parents=True)
     options = args.tempos, args.chords, args.sustain_pedals, args.time_signatures
@@ -596,7 +598,9 @@ def main(args):
     meta["val"] = write_side(work / "val.bin", val, base, tokenizer, 0, meta["dtype"])
     meta |= {"settings": vars(args), "skipped": reasons, "round_trip": round_trip(takes, tokenizer)}
     if args.report:
-        print(f"round trip: {meta['round_trip']}")
+        print("round trip of {files} files: {notes_lost} of {notes:,} notes lost, {tokens_per_note} tokens a note, "
+              "{tokens_per_second} a second; error, median and 95th percentile: onset {onset_ms} ms, "
+              "duration {duration_ms} ms, velocity {velocity} of 127".format(**meta["round_trip"]))  # fmt: skip
     with open(work / "skipped.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
         csv.writer(table).writerows([("file", "reason"), *skipped])
     (work / "meta.json").write_text(json.dumps(meta, indent=2, default=str))
@@ -604,23 +608,18 @@ def main(args):
     (args.out / "meta.json").unlink(missing_ok=True)  # killed here, none describes another run's files
     for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv", "meta.json"):
         os.replace(work / name, args.out / name)
-    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s; next: python train.py --data {args.out}")
+    fine_tuning = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
+    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s; next: "
+          f"python train.py --data {args.out}{fine_tuning}")  # fmt: skip
 
 
 if __name__ == "__main__":
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, usage=argparse.SUPPRESS,
+                                     allow_abbrev=False)  # fmt: skip
     flag = parser.add_argument
     flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, URL; none: études")
     flag("--out", type=Path, default="data", help="folder to write (data)")
-    flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, used as it is: the next seven do not count")
-    flag("--vocab_size", type=int, help="tokens after BPE, 0 for none (by the size of the corpus)")
-    flag("--beat_res", type=int, default=24, choices=range(4, 97, 4), metavar="N", help="positions a beat (24)")
-    flag("--num_velocities", type=int, default=16, help="levels of loudness (16)")
-    flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens (else: 120 bpm)")
-    flag("--time_signatures", action="store_true", help="keep the files' beats and bars, with TimeSig tokens")
-    flag("--chords", action="store_true", help="Chord tokens: 12 roots x maj, min, dim, aug, dominant 7th")
-    flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: notes as long as it holds them)")
     flag("--transpose", type=int, default=0, metavar="K", help="training copies up to K semitones off (0)")
     flag("--val_fraction", type=float, default=0.1, help="share of the pieces to hold out (0.1)")
     flag("--split_by", choices=["piece", "file"], default="piece", help="a piece is a folder (piece)")
@@ -628,6 +627,15 @@ if __name__ == "__main__":
     flag("--report", action="store_true", help="print what the tokens lose (meta.json has it anyway)")
     flag("--workers", type=int, default=os.cpu_count() or 1, help="processes that read files (one a core)")
     flag("--seed", type=int, default=0, help="draws the études and the split (0)")
+    flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, to fine-tune it: replaces all that follow")
+    flag = parser.add_argument_group("what a token is").add_argument
+    flag("--vocab_size", type=int, help="tokens after BPE, 0 for none (by the size of the corpus)")
+    flag("--beat_res", type=int, default=24, choices=range(4, 97, 4), metavar="N", help="positions a beat (24)")
+    flag("--num_velocities", type=int, default=16, help="levels of loudness (16)")
+    flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens (else: 120 bpm)")
+    flag("--time_signatures", action="store_true", help="keep the files' beats and bars, with TimeSig tokens")
+    flag("--chords", action="store_true", help="Chord tokens: 12 roots x maj, min, dim, aug, dominant 7th")
+    flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: notes as long as it holds them)")
     args = parser.parse_args()
     limits = {"num_velocities": (1, 127), "transpose": (0, 24), "val_fraction": (0.001, 0.999), "workers": (1, 1000)}
     for name, (low, high) in limits.items():
