@@ -51,8 +51,8 @@ def dropout(x_BTD, seed_B, rate):
     if seed_B is None or rate == 0:
         return x_BTD
     T, D = x_BTD.shape[1:]
-    step, mixer_1, mixer_2 = np.uint32([0x9E3779B9, 0x7FEB352D, 0x846CA68B])
-    bits_BTD = seed_B[:, None, None] + step * jnp.arange(T * D, dtype=jnp.uint32).reshape(T, D)
+    stride, mixer_1, mixer_2 = np.uint32([0x9E3779B9, 0x7FEB352D, 0x846CA68B])
+    bits_BTD = seed_B[:, None, None] + stride * jnp.arange(T * D, dtype=jnp.uint32).reshape(T, D)
     bits_BTD = (bits_BTD ^ (bits_BTD >> 16)) * mixer_1
     bits_BTD = (bits_BTD ^ (bits_BTD >> 15)) * mixer_2
     kept_BTD = (bits_BTD ^ (bits_BTD >> 16)) >= np.uint32(rate * 2**32)
@@ -153,6 +153,7 @@ class Block(eqx.Module):
         self.cfg = cfg
 
     def __call__(self, x_BTD, seeds_2B, cache, start):
+        """x [B, T, D] -> as much, and the layer's filled cache; seeds_2B: of either branch's dropout, or two None."""
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         qkv_BTE = for_each_token(self.attention_norm, x_BTD) @ self.qkv_DE
         q_BTHK, k_BTHK, v_BTHK = (x.reshape(B, T, cfg.heads, -1) for x in jnp.split(qkv_BTE, 3, axis=-1))
@@ -212,13 +213,14 @@ class Decoder(eqx.Module):
             x_BTD += jax.lax.dynamic_slice_in_dim(self.position_SD, start, tokens_BT.shape[1])
         seeds_NB = [None] * (2 * self.cfg.layers + 1) if seeds_BN is None else seeds_BN.T
         x_BTD = dropout(x_BTD, seeds_NB[-1], self.cfg.dropout)
-        caches = []
+        cache = cache or [None] * self.cfg.layers
+        filled = []
         for layer, block in enumerate(self.blocks):  # a Python loop: faster than a scan on CPU and TPU, and less memory
-            x_BTD, filled = block(x_BTD, seeds_NB[2 * layer : 2 * layer + 2], cache and cache[layer], start)
-            caches.append(filled)
+            x_BTD, layer_filled = block(x_BTD, seeds_NB[2 * layer : 2 * layer + 2], cache[layer], start)
+            filled.append(layer_filled)
         head_DV = self.token_VD.T if self.cfg.tied else self.head_DV
         logits_BTV = jnp.matmul(for_each_token(self.norm, x_BTD), head_DV, preferred_element_type=jnp.float32)
-        return logits_BTV + self.head_bias_V, cache and caches
+        return logits_BTV + self.head_bias_V, filled
 
 
 def for_each_token(layer, x_BTD):

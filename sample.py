@@ -32,11 +32,11 @@ from miditok.utils import get_bars_ticks
 from symusic import ControlChange, Note, Score, Tempo, Track
 from tqdm import tqdm
 
-from model import Config, Decoder, empty_cache, load
+from model import Config, Decoder, empty_cache, load, whole
 
 # Prompts take the very path of the training data. It is loaded from its file, under another name, because
 # `import tokenize` means the standard library's module.
-spec = importlib.util.spec_from_file_location("midi_tokenize", Path(__file__).with_name("tokenize.py"))
+spec = importlib.util.spec_from_file_location("midi_tokenize", Path(__file__).resolve().with_name("tokenize.py"))
 midi_tokenize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(midi_tokenize)
 
@@ -116,7 +116,10 @@ def pitch_of(name):
     if not match:
         raise ValueError(f"{name!r} is not a note; write C4, F#5 or Bb3")
     letter, accidental, octave = match.groups()
-    return 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter) + {"#": 1, "b": -1, "": 0}[accidental]
+    pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter) + {"#": 1, "b": -1, "": 0}[accidental]
+    if not 21 <= pitch <= 108:
+        raise ValueError(f"{name!r} is not on the keyboard, which goes from A0 to C8")
+    return pitch
 
 
 def chord(name):
@@ -177,7 +180,7 @@ def read_prompt(args, tokenizer):
                 bar_lines = [*get_bars_ticks(score), score.end()]
                 score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
             score = first_seconds(midi_tokenize.prepare(score, tokenizer), args.prompt_seconds or math.inf)
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:  # some bars have no length
             raise ValueError(f"--prompt {args.prompt}: {error}") from error
     elif (args.chords, args.scale, args.motif) != (None, None, None):
         score = midi_tokenize.prepare(text_to_score(args), tokenizer)
@@ -199,7 +202,11 @@ def first_seconds(score, seconds):
     count = int(np.searchsorted(notes_of(score)["time"], seconds))
     if not count:
         raise ValueError(f"no note begins in its first {seconds:g} seconds")
-    return score.clip(0, score.tracks[0].notes[count - 1].time + 1)
+    part = score.clip(0, score.tracks[0].notes[count - 1].time + 1)
+    last = max(note.end for note in part.tracks[0].notes)
+    for pedal in part.tracks[0].pedals:
+        pedal.duration = min(pedal.duration, last - pedal.time)
+    return part
 
 
 def notes_of(score):
@@ -372,7 +379,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
     With rotary positions, which are relative, each new token takes the place of the oldest and nothing is read again.
     """
     rows, length, context = len(seeds), len(prompt), model.cfg.context
-    total, drop = length + max_tokens, window_drop or context // 2
+    total, drop = length + max_tokens, 1 if model.cfg.rotary else window_drop or context // 2
     begin = drop * max(0, math.ceil((length - context) / drop))
     longest = math.inf if model.cfg.rotary else context  # window, before it has to be read again
     tokens_BN = np.full((rows, total), eos, np.int32)
@@ -543,7 +550,7 @@ def write_wav(path, notes):
         string = string * (velocity / 127) ** 1.7 * np.exp(-12 * after_release)
         begin, right = int(SAMPLE_RATE * start), 0.5 + (pitch - 64) / 160
         sound[begin : begin + len(string)] += string[:, None] * (1 - right, right)
-    with wave.open(str(path), "wb") as file:
+    with whole(path) as complete, wave.open(complete, "wb") as file:
         file.setparams((2, 2, SAMPLE_RATE, len(sound), "NONE", ""))
         file.writeframes((sound * 29_000 / np.abs(sound).max()).astype("<i2").tobytes())
 
@@ -661,7 +668,8 @@ def write_page(path, pieces, figures):
             f'<div class="now"></div></div><b>{piece.name}</b>, {end:.0f} s, <a href="{piece.stem}.mid">.mid</a>, '
             f"{line}</section>"
         )
-    path.write_text(PAGE.replace("<!--PIECES-->", "\n".join(sections)), encoding="utf-8")
+    with whole(path) as file:
+        file.write(PAGE.replace("<!--PIECES-->", "\n".join(sections)).encode())
 
 
 # ---------------------------------------------------------------- the steps, in order
@@ -701,7 +709,8 @@ def load_run(folder):
     if jax.default_backend() == "cpu":
         model = turn_matrices(jax.tree.map(jnp.array, model))
     else:
-        model = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.bfloat16), model)
+        precision = facts.get("flags", {}).get("precision", "float32")  # as it was trained
+        model = jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
     return model, tokenizer, facts | {"tokenizer_sha256": digest}
 
 
@@ -737,7 +746,8 @@ def write(args, pieces, figures):
     for piece, line in zip(pieces, figures):
         print(f"{piece.name}: {line}")
         paths.append(args.out / f"{piece.stem}.mid")
-        paths[-1].write_bytes(pedal_to_controls(piece.score).dumps_midi())
+        with whole(paths[-1]) as file:
+            file.write(pedal_to_controls(piece.score).dumps_midi())
         if args.wav:
             paths.append(paths[-1].with_suffix(".wav"))
             write_wav(paths[-1], piece.notes)
@@ -754,14 +764,16 @@ def main():
             raise ValueError(f"--window_drop {args.window_drop}: less than the model's context of {model.cfg.context}")
         locked = scale(args.scale_lock) if args.scale_lock else range(12)
         grammar = build_grammar(tokenizer, {pitch % 12 for pitch in locked})
+        if args.prompt and args.prompt.resolve().parent == args.out.resolve():
+            raise ValueError(f"--prompt {args.prompt}: lies in --out, whose files are replaced; name another --out")
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # can it be written to?
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
         pieces, tokens_per_second = compose(args, model, tokenizer, prompt, grammar)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
             raise
         parser.error("out of memory: ask for fewer pieces at once, or a smaller --max_tokens")
     if not pieces:

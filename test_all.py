@@ -237,6 +237,10 @@ def test_tracks_merge_drums_drop_and_the_pedal_holds():
     assert [note[:3] for note in notes_of(wet)] == [(0, 60, 12), (0, 64, 72), (12, 60, 60), (24, 40, 48)]
     assert [note[:3] for note in notes_of(dry)] == [(0, 60, 12), (0, 64, 12), (12, 60, 12), (24, 40, 12)]
     assert [(pedal.time, pedal.duration) for pedal in dry.tracks[0].pedals] == [(5, 67)]
+    other_hand.controls[1].time = 10**8  # the foot stays down for half a day
+    dry = T.prepare(score, T.build_tokenizer(sustain_pedals=True))
+    assert [pedal.end for pedal in dry.tracks[0].pedals] == [36 + 120 * 24]
+    assert [pedal.end for pedal in sample.first_seconds(dry, 0.4).tracks[0].pedals] == [24]
 
 
 OPTIONS = {
@@ -433,7 +437,7 @@ def test_hostile_files_are_used_or_skipped_with_a_reason(tmp_path):
     os.symlink(folder / "nothing", folder / "broken link.mid")
     os.mkfifo(folder / "pipe.mid")  # opening it would wait for ever
     (folder / "folder.mid").mkdir()
-    total = sum(1 for name in os.listdir(folder)) - 2  # all but the loop and the folder
+    total = len(os.listdir(folder)) - 1  # all but the folder
     assert len(fuzzed) >= 300
     began = time.monotonic()
     run_tokenize(folder, "--out", data, "--vocab_size", 0)
@@ -780,6 +784,7 @@ MISTAKES = {
     "out is a file": (["--etudes", "2", "--out", "notes.txt"], "notes.txt"),
     "out is a run": (["--etudes", "2", "--out", "run"], "--out run: holds a trained model"),
     "short flag": (["--etude", "2"], "unrecognized arguments: --etude"),
+    "vocabulary": (["--vocab_size", "4294967296000"], "--vocab_size 4294967296000: must be from 0"),
     "tokenizer": (["one", "--tokenizer", "notes.txt"], "notes.txt: not a usable tokenizer"),
     "no server": (["http://127.0.0.1:9/a.zip"], "run again"),
 }
@@ -1390,6 +1395,13 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
     ).replace(":", "")
     assert "no such checkpoint" in say("--data", markov, "--resume")
     assert "--resume" in mistake(capsys, "--data", markov, "--run", trained)
+    (tmp_path / "best").mkdir()
+    shutil.copy(trained / "best.ckpt", tmp_path / "best")
+    assert "holds a run" in mistake(capsys, "--data", markov, "--run", tmp_path / "best")
+    assert "holds data" in mistake(capsys, "--data", markov, "--run", broken("data"))
+    shorter = {"val": json.loads((markov / "meta.json").read_text())["val"] | {"notes": 7}}
+    other = broken("other", **shorter)
+    assert "holds other music by now" in mistake(capsys, "--run", trained, "--resume", "--data", other)
     assert "not a usable checkpoint" in say("--init_from", markov / "meta.json")
     for name, value in (("dim", 64), ("layers", 1), ("heads", 4)):  # fewer layers would fit into the file
         assert f"--{name} {value}: {trained}/last.ckpt was made with" in mistake(
@@ -1415,6 +1427,7 @@ def test_what_a_checkpoint_says_is_checked_like_flags(trained, tmp_path, capsys)
         arrays = dict(file)
     meta = json.loads(str(arrays.pop("meta")))
     changes = [{"step": "soon"}, {"best": None}, {"config": 7}, {"tokenizer_sha256": 5}, {"flags": None}]
+    changes += [{"step": -5}, {"rows": "abc"}, {"rows": [{"age": 1}]}]
     changes += [
         {"flags": meta["flags"] | flag} for flag in ({"steps": [1]}, {"precision": "float64"}, {"weight_decay": -4})
     ]
@@ -1783,7 +1796,7 @@ def test_sample_cached_logits_are_those_of_a_full_forward_pass(sample_tokenizer,
 def test_sample_rotary_logits_are_those_of_a_sliding_window(sample_tokenizer, monkeypatch, given):
     """With rotary positions nothing is read again: each token attends to the last 32, as in one pass over all of them."""
     watched, tokens, seen = watched_sampling(sample_tokenizer, given, rotary=True, qk_norm=True)
-    begin = 32 if given else 0  # a prompt of 51 tokens keeps its end
+    begin = 51 - 32 if given else 0  # of a prompt of 51 tokens, the last 32 are read
     monkeypatch.setattr(model, "causal_attention", sliding_attention)
     expected_BTV = model.Decoder.__call__(watched, tokens[:, begin:])[0]
     for step, logits_BV in enumerate(seen):
@@ -1944,6 +1957,9 @@ def test_sample_as_a_user(tmp_path, monkeypatch, capsys, sample_run):
         monkeypatch, *flags[:-1], "--seeds", 0, "--max_tokens", 120, "--only_generated", "--out", tmp_path / "new"
     )
     rest = sample.notes_of(Score(tmp_path / "new" / f"{grid[0]}.mid"))
+    with pytest.raises(SystemExit):
+        run_sample(monkeypatch, *flags, "--out", tmp_path)
+    assert "lies in --out" in capsys.readouterr().err and etude_file.exists()
     assert rest["time"][0] == 0 and rest["pitch"].tolist() == begin["pitch"][len(given) :].tolist()
     capsys.readouterr()
     run_sample(monkeypatch, "--run", sample_run, "--num_samples", 16, "--max_tokens", 60, "--out", tmp_path / "many")
@@ -1967,7 +1983,7 @@ BAD_FLAGS = [
     (["--max_tokens", "0"], "max_tokens"), (["--window_drop", "0"], "window_drop"), (["--window_drop", "99"], "window_drop"),
     (["--run", "{none}"], "none"), (["--run", "{hostile}"], "hostile"), (["--run", "{foreign}"], "foreign"),
     (["--run", "{diverged}"], "diverged"), (["--prompt_tokens", "5"], "prompt"),
-    (["--chords", ""], "no piano notes"), (["--temperature", "1"], "--temperature"),
+    (["--chords", ""], "no piano notes"), (["--temperature", "1"], "--temperature"), (["--motif", "C4 B8"], "'B8'"),
 ]  # fmt: skip
 
 
@@ -2008,10 +2024,12 @@ def test_sample_writes_nothing_where_nothing_was_composed(tmp_path, monkeypatch,
 
 
 def test_sample_says_so_when_the_disk_is_full(tmp_path, monkeypatch, sample_run):
-    (tmp_path / "index.html").symlink_to("/dev/full")
+    (tmp_path / "index.html").write_text("an earlier page")
+    (tmp_path / "index.html.tmp").symlink_to("/dev/full")
     with pytest.raises(SystemExit, match="not all was written .No space left on device"):
         run_sample(monkeypatch, "--run", sample_run, "--out", tmp_path, "--seeds", 0, "--max_tokens", 50)
     assert [path.name for path in tmp_path.glob("*.mid")] == ["seed0_temperature0.9.mid"]
+    assert (tmp_path / "index.html").read_text() == "an earlier page"
 
 
 class Browser:

@@ -157,7 +157,7 @@ def prepare(score, tokenizer):
     track, prepared = Track(), Score(grid)
     track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
     if config.use_sustain_pedals:
-        down, up = np.round((pedal - origin) * positions).clip(0)
+        down, up = np.round((pedal - origin) * positions).clip(0, end.max() + MAX_SILENCE * grid)
         track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
     prepared.tracks.append(track)
     prepared.tempos.append(Tempo(0, 120))
@@ -276,8 +276,10 @@ def find_files(sources, work, skipped):
             root, files = path.parent, [path]
         else:
             root = path if path.is_dir() else fetch(source, work / str(number))
-            walk = os.walk(root, onerror=lambda error: skipped.append((error.filename, "unreadable folder")))
+            walk = list(os.walk(root, onerror=lambda error: skipped.append((error.filename, "unreadable folder"))))
             files = [Path(folder, name) for folder, _, names in walk for name in names]
+            folders = [os.path.join(folder, name) for folder, names, _ in walk for name in names]
+            skipped += [(path, "a link to a folder: name it as a source") for path in folders if os.path.islink(path)]
         for table in (file for file in files if file.match("maestro-v*.csv")):
             published |= published_split(table)
         for file in sorted(file for file in files if file.suffix.lower() in MIDI):
@@ -638,8 +640,9 @@ if __name__ == "__main__":
     flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: notes as long as it holds them)")
     args = parser.parse_args()
     limits = {"num_velocities": (1, 127), "transpose": (0, 24), "val_fraction": (0.001, 0.999), "workers": (1, 1000)}
+    limits |= {"etudes": (2, 10**7), "vocab_size": (0, 10**6)}
     for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill tidies up as Ctrl-C does

@@ -46,14 +46,14 @@ RECIPES = {  # what the README compares; flags that a recipe sets, unless they a
     "original": dict(optimizer="adamw", windows="chunks", bos_share=0.0, learning_rate=1e-3),
     "modern": dict(optimizer="muon", windows="random", bos_share=0.1, rotary=True, qk_norm=True, dropout=0.0),
 }
-DEVICES = {  # part of the name: peak dense bfloat16 TFLOP/s, memory in GiB, clock in GHz (for --compile_for)
+TPUS = {  # part of the name: peak dense bfloat16 TFLOP/s, memory in GiB, clock in GHz (for --compile_for)
     "TPU v2": (22.5, 8, 0.7), "TPU v3": (61.5, 16, 0.94), "TPU v4": (275, 32, 1.05), "TPU v5 lite": (197, 16, 1.5),
-    "TPU v5e": (197, 16, 1.5), "TPU v5": (459, 95, 1.75), "TPU v6": (918, 32, 1.75), "A100": (312, 80, 1.4),
-    "H100": (989, 80, 1.8), "H200": (989, 141, 1.8), "L4": (121, 24, 2.0), "RTX 3090": (71, 24, 1.7),
-    "RTX 4090": (165, 24, 2.5),
+    "TPU v5e": (197, 16, 1.5), "TPU v5": (459, 95, 1.75), "TPU v6": (918, 32, 1.75),
 }  # fmt: skip
+GPUS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "RTX 3090": 71, "RTX 4090": 165}  # TFLOP/s alone
 COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
            "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
+# flags that a checkpoint does not keep
 THIS_LAUNCH = ["run", "overwrite", "resume", "init_from", "max_hours", "multihost", "compile_for", "attention"]
 DIVERGED = """
 The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. {run} keeps the
@@ -83,7 +83,7 @@ def make_parser():
     add("--resume", action="store_true", help="go on from RUN/last.ckpt with its flags; flags given here win")
     add("--init_from", metavar="CKPT", help="start from these weights (fine-tuning)")
     add("--seed", type=int, default=0)
-    add("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
+    add("--wandb", action=argparse.BooleanOptionalAction, default=False, help="log there too (pip install wandb)")
 
     add = parser.add_argument_group("model (the size sets what you don't)").add_argument
     add("--size", choices=SIZES, help="default: tiny on CPU, base on GPU and TPU")
@@ -100,7 +100,7 @@ def make_parser():
     add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result")
     add("--learning_rate", type=float, help="its peak, after the warm-up; it falls to a tenth by a cosine")
     add("--warmup", type=int, help="steps; default: a tenth of them, 1000 at most")
-    add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms, biases and embeddings")
+    add("--weight_decay", type=float, default=0.1, help="on the blocks' matrices and, with adamw, the head's")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--windows", choices=["random", "chunks"], help="start anywhere, or at multiples of --context in a piece")
     add("--bos_share", type=float, help="share of windows that start where their piece starts")
@@ -137,8 +137,6 @@ def read_flags(argv):
         fail("--resume goes on with the run's own size, recipe and weights: leave out --size, --recipe and --init_from")
     if args.init_from and args.recipe:
         fail("--init_from keeps that model's network: leave out --recipe (--optimizer and --windows may be given)")
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        fail("--wandb: pip install wandb")
     devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
 
     platform, capability = devices[0].platform, str(getattr(devices[0], "compute_capability", ""))
@@ -157,7 +155,7 @@ def read_flags(argv):
             del kept["dropout"]  # may change
         if args.resume:
             kept["optimizer"] = made["flags"]["optimizer"]
-            defaults |= made["flags"]
+            defaults |= {name: value for name, value in made["flags"].items() if name in vars(args)}
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
     # as if they were typed first, so that they are checked too and what was really typed wins
@@ -168,12 +166,15 @@ def read_flags(argv):
         if getattr(args, name) != value:
             fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
 
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        fail("--wandb: pip install wandb")
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
-    args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.save_every = args.save_every or args.eval_every
+    args.eval_every = max(1, args.steps // 10) if args.eval_every is None else args.eval_every
+    args.save_every = args.eval_every if args.save_every is None else args.save_every
     limits = {name: (1, 2**32) for name, value in vars(args).items() if type(value) is int}
-    limits |= dict(seed=(0, 2**32 - 1), warmup=(0, 2**32), learning_rate=(0, 1e6), weight_decay=(0, 1e6))
-    limits |= dict(grad_clip=(1e-9, np.inf), bos_share=(0, 1), dropout=(0, 0.99), max_hours=(0, np.inf))
+    limits |= dict(seed=(0, 2**32 - 1), context=(2, 2**32), warmup=(0, 2**32), max_hours=(0, np.inf))
+    limits |= dict(learning_rate=(0, 1e6), weight_decay=(0, 1e6), grad_clip=(1e-9, np.inf))
+    limits |= dict(bos_share=(0, 1), dropout=(0, 0.99))
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             fail(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
@@ -181,7 +182,7 @@ def read_flags(argv):
         fail(f"--dim {args.dim}: must be a multiple of twice --heads {args.heads}")
     kernels = {  # and what they can do
         "splash": platform == "tpu" and devices[0].device_kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0,
-        "cudnn": ampere and args.dim // args.heads % 8 == 0,
+        "cudnn": ampere and args.dim // args.heads in range(8, 129, 8),
     }
     usable = [name for name, fits in kernels.items() if fits and args.precision == "bfloat16"] + ["xla"]
     args.attention = args.attention or usable[0]
@@ -197,7 +198,8 @@ def read_flags(argv):
 
 def device_limits(device):
     """Peak bfloat16 FLOP/s, memory in bytes and clock in Hz; NaN where not known."""
-    for name, (tera_flops, gibibytes, giga_hertz) in DEVICES.items():
+    gpus = {name: (tera_flops, np.nan, np.nan) for name, tera_flops in GPUS.items()}
+    for name, (tera_flops, gibibytes, giga_hertz) in (TPUS | gpus).items():
         if re.search(name + r"(?!\d)", device.device_kind):  # an L40S is no L4
             return 1e12 * tera_flops, 2**30 * gibibytes, 1e9 * giga_hertz
     return np.nan, np.nan, np.nan
@@ -225,7 +227,7 @@ class Data:
                     raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {facts['tokens']}")
                 if len(tokens) <= context:
                     raise ValueError(f"{split}.bin: {len(tokens)} tokens are too few for --context {context}: lower it")
-                if tokens.max() >= vocab_size:
+                if vocab_size not in range(tokens.max() + 1, 2**32):
                     raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
                 if not (len(starts) and facts["notes"] > 0 and facts["seconds"] > 0):
                     raise ValueError(f"there is no music in {split}")
@@ -285,8 +287,8 @@ def token_losses(model, tokens_BT, seeds_BN, precision):
     """Nats of every token but each row's first, float32 [B * T], computed in `precision` from float32 weights."""
     model = jax.tree.map(lambda weights: weights.astype(precision), model)
     logits_BTV, _ = model(tokens_BT[:, :-1], seeds_BN)
-    logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # flat: a third faster on CPU
-    return optax.softmax_cross_entropy_with_integer_labels(logits_NV, tokens_BT[:, 1:].ravel())
+    logits = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # [B * T, V]: flat is a third faster on CPU
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:].ravel())
 
 
 def on_each_device(function, mesh, *in_specs):
@@ -298,10 +300,12 @@ def make_train_step(args, mesh, optimizer):
     """The one compiled program of training: (state, tokens_ABT, step) -> state, (loss, norm of the gradient)."""
 
     def loss_and_gradient(model, tokens_ABT, seeds_ABN):
-        mean_loss = lambda model, batch: token_losses(model, *batch, args.precision).mean()
-        add = lambda total, batch: (jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model, batch)), None)
+        def add_micro_batch(total, micro_batch):
+            mean_loss = lambda model: token_losses(model, *micro_batch, args.precision).mean()
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model)), None
+
         zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), model))
-        total, _ = jax.lax.scan(add, zero, (tokens_ABT, seeds_ABN))  # XLA inlines a scan of one
+        total, _ = jax.lax.scan(add_micro_batch, zero, (tokens_ABT, seeds_ABN))  # XLA inlines a scan of one
         return jax.lax.pmean(jax.tree.map(lambda x: x / args.accumulate, total), "data")  # once a step
 
     def train_step(state, tokens_ABT, step):
@@ -317,10 +321,11 @@ def make_train_step(args, mesh, optimizer):
 
 
 def make_eval_step(args, mesh):
-    """(model, tokens_BT, real_BT) -> the sum of nats over the real ones of the predicted tokens."""
+    """(model, tokens_BT, count_B) -> the sum of nats over each row's first `count` predictions."""
 
-    def nats(model, tokens_BT, real_BT):
-        return jax.lax.psum(jnp.sum(token_losses(model, tokens_BT, None, args.precision) * real_BT.ravel()), "data")
+    def nats(model, tokens_BT, count_B):
+        losses = token_losses(model, tokens_BT, None, args.precision).reshape(len(count_B), -1)
+        return jax.lax.psum(jnp.sum(losses, where=jnp.arange(args.context) < count_B[:, None]), "data")
 
     return jax.jit(on_each_device(nats, mesh, REPLICATED, ROWS, ROWS))
 
@@ -338,8 +343,7 @@ def evaluate(args, data, mesh, eval_step, model):
     for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2):
         starts, counts = np.array(padded[i : i + rows]).T
         tokens_BT = data.windows("val", starts, args.context + 1)
-        real_BT = np.arange(args.context) < counts[:, None]
-        sums.append(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, real_BT)))
+        sums.append(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, counts)))
     nats = sum(map(float, sums))
     return {
         "val_nats_per_token": nats / sum(count for _, count in windows),
@@ -359,6 +363,7 @@ def start(args, data, mesh, optimizer):
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "config": dataclasses.asdict(cfg)}
     facts["flags"] = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
     facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
+    facts["music"] = {split: data.meta[split] for split in ("train", "val")}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
     try:
         if source:
@@ -366,14 +371,22 @@ def start(args, data, mesh, optimizer):
             if made["tokenizer_sha256"] != data.sha256:
                 fail(f"{source}: made with tokenizer {made['tokenizer_sha256'][:12]}, {data.folder} with "
                      f"{data.sha256[:12]}; tokenize with --tokenizer {Path(source).parent}/tokenizer.json")  # fmt: skip
+            if args.resume and made.get("music", facts["music"]) != facts["music"]:
+                fail(
+                    f"--resume: {data.folder} holds other music by now; --init_from {source} --run NEW goes on with it"
+                )
             if args.resume:
                 facts |= {name: type(facts[name])(made[name]) for name in ("step", "seconds", "best", "rows")}
+                if facts["step"] < 0 or not all(row.keys() <= set(COLUMNS) for row in facts["rows"]):
+                    raise ValueError(f"{source}: not a log that train.py wrote")
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(error)
 
-    if (run / "last.ckpt").exists() and not args.resume and not args.overwrite:
+    if any(run.glob("*.ckpt")) and not args.resume and not args.overwrite:
         fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
+    if (run / "meta.json").exists():
+        fail(f"--run {run}: holds data that tokenize.py wrote; name another folder")
     run.mkdir(parents=True, exist_ok=True)
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
@@ -477,7 +490,8 @@ def train(args, data, mesh):
             row |= {"mfu": row["tokens_per_second"] * share_of_peak} if share_of_peak > 0 else {}
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
-        limit = np.log(data.meta["vocab_size"]) + 1  # worse than a blind guess; overfitting may come closer
+        # a nat worse than a blind guess; of held-out music twice that, because overfitting is no divergence
+        limit = np.log(data.meta["vocab_size"]) + 1
         if not (loss < limit and np.isfinite(grad_norm) and row.get("val_nats_per_token", 0) < 2 * limit):
             raise SystemExit(DIVERGED.format(**vars(args) | row))
         facts |= {"step": done, "seconds": time.time() - began}
@@ -561,6 +575,8 @@ def compile_report(args, mesh):
     print(f"{mesh.size} x {device.device_kind}, {args.precision}, {count:,} parameters")
     print(f"micro-batch: {rows} windows of {args.context} tokens on each device")
     peak_flops, memory, clock = device_limits(device)
+    if np.isnan(memory):
+        fail(f"--compile_for: {device.device_kind} is not in TPUS, which train.py begins with: add it there")
     text, constant, temporary = compiled(rows)
     print(f"memory per device: {(constant + temporary) / 1e9:.2f} GB of {memory / 1e9:.2f}")
     if text:
