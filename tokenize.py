@@ -567,8 +567,8 @@ def main(args):
         raise Refused(f"--out {args.out}: holds a trained model and its tokenizer; name another folder")
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     work.mkdir(parents=True)
-    options = args.tempos, args.chords, args.sustain_pedals, args.time_signatures
-    tokenizer = build_tokenizer(args.beat_res, args.num_velocities, *options)
+    options = "beat_res", "num_velocities", "tempos", "chords", "sustain_pedals", "time_signatures"
+    tokenizer = build_tokenizer(**{name: getattr(args, name) for name in options})
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     elif args.vocab_size and args.vocab_size <= len(tokenizer):

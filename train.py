@@ -355,7 +355,7 @@ def evaluate(args, data, mesh, eval_step, model):
 # ----------------------------------------------------------------------------- checkpoints, log, reasons to stop
 
 
-def start(args, data, mesh, optimizer):
+def fresh_or_restored(args, data, mesh, optimizer):
     """The state to train, on every device, and the facts of the run: from scratch, from other weights, or resumed."""
     run, source = Path(args.run), args.init_from
     shape = {name: getattr(args, name) for name in MODEL_FLAGS}
@@ -453,7 +453,7 @@ def train(args, data, mesh):
     """Returns the rows of log.csv and why the run stopped."""
     optimizer, schedule = make_optimizer(args)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
-    state, facts = start(args, data, mesh, optimizer)
+    state, facts = fresh_or_restored(args, data, mesh, optimizer)
     run, first, rows, main_process = Path(args.run), facts["step"], facts["rows"], jax.process_index() == 0
     peak_flops = mesh.size * device_limits(mesh.devices.flat[0])[0] if args.precision == "bfloat16" else np.nan
     share_of_peak = flops_per_token(args, state["model"]) / peak_flops  # for a token per second; NaN where not known
