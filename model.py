@@ -36,6 +36,10 @@ class Config:
     qk_norm: bool = False  # queries and keys of length 1, times a learned scale: attention cannot saturate
     tied: bool = False  # one matrix for the token embedding and the head
 
+    def __post_init__(self):
+        if self.heads < 1 or self.dim % (2 * self.heads):  # rotary positions turn pairs of numbers
+            raise ValueError(f"dim {self.dim}: must be a multiple of twice the {self.heads} heads")
+
 
 def normal(key, *shape, std=0.02):
     return std * jax.random.normal(key, shape)

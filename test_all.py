@@ -1982,7 +1982,7 @@ BAD_FLAGS = [
     (["--temperatures", "-1"], "temperatures"), (["--temperatures", "nan"], "temperatures"), (["--seeds", "-3"], "seeds"),
     (["--max_tokens", "0"], "max_tokens"), (["--window_drop", "0"], "window_drop"), (["--window_drop", "99"], "window_drop"),
     (["--run", "{none}"], "none"), (["--run", "{hostile}"], "hostile"), (["--run", "{foreign}"], "foreign"),
-    (["--run", "{diverged}"], "diverged"), (["--prompt_tokens", "5"], "prompt"),
+    (["--run", "{diverged}"], "diverged"), (["--run", "{headless}"], "twice the 0 heads"), (["--prompt_tokens", "5"], "prompt"),
     (["--chords", ""], "no piano notes"), (["--temperature", "1"], "--temperature"), (["--motif", "C4 B8"], "'B8'"),
 ]  # fmt: skip
 
@@ -1993,7 +1993,7 @@ BAD_FLAGS = [
 def test_sample_refuses_in_one_line(
     tmp_path, monkeypatch, capsys, sample_data, sample_tokenizer, sample_run, flags, culprit
 ):
-    paths = {name: tmp_path / name for name in ("none", "hostile", "foreign", "diverged")}
+    paths = {name: tmp_path / name for name in ("none", "hostile", "foreign", "headless", "diverged")}
     paths |= {name: tmp_path / f"{name}.mid" for name in ("noise", "drums")}
     paths["noise"].write_bytes(np.random.default_rng(0).bytes(1000))
     drums = Score(480)
@@ -2003,6 +2003,8 @@ def test_sample_refuses_in_one_line(
     save_run(paths["hostile"], untrained(20), sample_data)
     (paths["hostile"] / "best.ckpt").write_bytes(b"PK\3\4" + bytes(1000))
     save_run(paths["foreign"], untrained(len(sample_tokenizer) + 1), sample_data)
+    config = dataclasses.asdict(untrained(len(sample_tokenizer)).cfg) | {"heads": 0}
+    save_run(paths["headless"], untrained(len(sample_tokenizer)), sample_data, config=config)
     diverged = jax.tree.map(lambda leaf: leaf * np.nan, untrained(len(sample_tokenizer)))
     save_run(paths["diverged"], diverged, sample_data)
     flags = [flag.format(**paths) for flag in flags]
