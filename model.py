@@ -100,7 +100,7 @@ def attend(q_BHTK, k_BHSK, v_BHSK, start):
     position_T1 = start + jnp.arange(T)[:, None]
     # slot s holds the last of the tokens s, s + S, s + 2 S, ...: with S = 4, token 5 finds tokens 4, 5, 2, 3
     visible_TS = (position_T1 - jnp.arange(S)) % S <= position_T1
-    scores_BHTS = jnp.where(visible_TS, scores_BHTS, -1e30)
+    scores_BHTS += jnp.where(visible_TS, 0, -1e30)
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
     sums_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
     # softmax divides here, after the product, where there is less to divide
