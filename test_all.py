@@ -554,7 +554,7 @@ def test_an_archive_stays_in_its_folder(etude_folder, tmp_path):
             (take,) = midi_tokenize.find_files([str(tmp_path / f"{number}.tar.gz")], work, [])
             assert name in ("/tmp/escaped.mid", "C:\\escaped.mid") and work in Path(take.path).resolve().parents
         except ValueError as error:
-            assert "no whole" in str(error) and name not in ("/tmp/escaped.mid", "C:\\escaped.mid")
+            assert "nor a whole" in str(error) and name not in ("/tmp/escaped.mid", "C:\\escaped.mid")
             assert not [path for path in work.rglob("*") if path.is_file() or path.is_symlink()]
         shutil.rmtree(work)
     assert not list(tmp_path.rglob("*escaped*")) and not os.path.exists("/tmp/escaped.mid")
@@ -587,7 +587,7 @@ def test_an_archive_with_a_flipped_byte_is_refused(kind, etude_folder, tmp_path)
         at = len(whole) * number // 6  # in a zip, before its table of contents
         (tmp_path / f"bad.{kind}").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         (tmp_path / str(number)).mkdir()
-        with pytest.raises(ValueError, match="no whole"):
+        with pytest.raises(ValueError, match="nor a whole"):
             midi_tokenize.find_files([str(tmp_path / f"bad.{kind}")], tmp_path / str(number), [])
 
 
@@ -633,7 +633,7 @@ def test_download_survives_a_cut_and_a_flipped_bit(archive_server, tmp_path):
     data = tmp_path / "data"
     arguments = [address, "--out", data, "--vocab_size", 0]
     archive_server.faults[:] = ["cut", 404, "corrupt", None]
-    for expected in ("cut off after", "404", "no whole .zip"):
+    for expected in ("cut off after", "404", "nor a whole .zip"):
         assert expected in run_tokenize(*arguments, code=2, cwd=tmp_path).splitlines()[-1]
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     run_tokenize(*arguments, cwd=tmp_path)
@@ -713,8 +713,7 @@ def test_maestro_keeps_its_published_split(tmp_path):
 
 
 def test_the_tokens_of_a_run_serve_other_files(etude_data, etude_folder, tmp_path):
-    flags = ["--tokenizer", etude_data / "tokenizer.json", "--beat_res", 8]
-    said = run_tokenize(etude_folder, "--out", tmp_path, *flags)
+    said = run_tokenize(etude_folder, "--out", tmp_path, "--tokenizer", etude_data / "tokenizer.json")
     assert "35% of the notes are held out" in said and "--split_by file" in said
     assert (tmp_path / "tokenizer.json").read_bytes() == (etude_data / "tokenizer.json").read_bytes()
     ours, theirs = (sequences_of(data, "train") + sequences_of(data, "val") for data in (tmp_path, etude_data))
@@ -776,7 +775,7 @@ MISTAKES = {
     "one piece": (["one"], "are not two pieces"),
     "table without a column": (["no split"], "maestro-v3.csv: not MAESTRO's table"),
     "table with an unknown split": (["odd split"], "maestro-v3.csv: not MAESTRO's table"),
-    "not an archive": (["notes.txt"], "no whole .zip or .tar.gz"),
+    "not an archive": (["notes.txt"], "neither MIDI nor a whole .zip or .tar.gz"),
     "small vocabulary": (["--vocab_size", "100"], "--vocab_size 100"),
     "beat_res": (["--beat_res", "5"], "--beat_res"),
     "val_fraction": (["--val_fraction", "1.5"], "--val_fraction 1.5: must be from"),
@@ -785,6 +784,7 @@ MISTAKES = {
     "out is a run": (["--etudes", "2", "--out", "run"], "--out run: holds a trained model"),
     "short flag": (["--etude", "2"], "unrecognized arguments: --etude"),
     "vocabulary": (["--vocab_size", "4294967296000"], "--vocab_size 4294967296000: must be from 0"),
+    "two tokenizers": (["--tokenizer", "t.json", "--beat_res", "8"], "t.json has its own --beat_res"),
     "tokenizer": (["one", "--tokenizer", "notes.txt"], "notes.txt: not a usable tokenizer"),
     "no server": (["http://127.0.0.1:9/a.zip"], "run again"),
 }

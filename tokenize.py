@@ -60,6 +60,7 @@ else:
 MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
 MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
 MIDI = ".mid", ".midi"
+MUSICAL = "beat_res", "num_velocities", "tempos", "chords", "sustain_pedals", "time_signatures"  # flags
 BPE_NOTES = 2_500_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
 DATASETS = {
     "maestro": "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
@@ -318,7 +319,7 @@ def fetch(source, work):
         return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
         reason, again = " ".join(str(error).split()), "; run again" if "://" in address else ""
-        raise Refused(f"{source}: no whole .zip or .tar.gz could be had ({reason}){again}") from error
+        raise Refused(f"{source}: neither MIDI nor a whole .zip or .tar.gz ({reason}){again}") from error
 
 
 def download(address, folder):
@@ -443,7 +444,7 @@ def train_bpe(tokenizer, takes, base, vocab_size):
     notes = sum(take.notes for take in takes)
     if vocab_size is None:
         vocab_size = min(10_000, len(tokenizer) + 100 + notes // 8000)  # few enough to learn each well
-        print(f"vocabulary of {vocab_size}, by the size of the corpus (--vocab_size)")
+        print(f"vocabulary of {vocab_size} tokens, chosen for this corpus (--vocab_size sets another)")
     texts = [bar_words(base[take.span], tokenizer) for take in takes[:: math.ceil(notes / BPE_NOTES)]]
     tokenizer.train(vocab_size=vocab_size, iterator=texts)
 
@@ -567,8 +568,7 @@ def main(args):
         raise Refused(f"--out {args.out}: holds a trained model and its tokenizer; name another folder")
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     work.mkdir(parents=True)
-    options = "beat_res", "num_velocities", "tempos", "chords", "sustain_pedals", "time_signatures"
-    tokenizer = build_tokenizer(**{name: getattr(args, name) for name in options})
+    tokenizer = build_tokenizer(**{name: getattr(args, name) for name in MUSICAL})
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer)
     elif args.vocab_size and args.vocab_size <= len(tokenizer):
@@ -644,6 +644,9 @@ if __name__ == "__main__":
     for name, (low, high) in limits.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
+    given = [name for name in ("vocab_size", *MUSICAL) if getattr(args, name) != parser.get_default(name)]
+    if args.tokenizer and given:
+        parser.error(f"--tokenizer {args.tokenizer} has its own --{given[0]}: leave out one of them")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill tidies up as Ctrl-C does
     try:
