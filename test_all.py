@@ -1068,7 +1068,7 @@ def test_a_failed_save_keeps_the_checkpoint_before_it(saved, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------- train.py
 
-SMALL = "--dim 32 --heads 2 --layers 2 --context 32 --batch_size 16 --warmup 5 --learning_rate 3e-3".split()
+SMALL = "--dim 32 --heads 2 --layers 2 --context 32 --dropout 0.1 --batch_size 16 --warmup 5 --learning_rate 3e-3".split()
 
 
 @pytest.fixture(scope="session")

@@ -45,19 +45,19 @@ from tqdm import tqdm
 from model import Config, Decoder, load, parameter_count, save, whole
 
 SIZES = {  # flags that a size sets, unless they are given
-    "tiny": dict(dim=128, heads=4, layers=4, context=256, batch_size=8, learning_rate=3e-3, steps=1600),
+    "tiny": dict(dim=128, heads=4, layers=4, context=256, dropout=0.0, batch_size=8, learning_rate=3e-3, steps=1600),
     "small": dict(dim=384, heads=6, layers=6, context=1024, batch_size=32, learning_rate=1e-3, steps=10_000),
     "base": dict(dim=768, heads=12, layers=12, context=1024, batch_size=64, learning_rate=6e-4, steps=20_000),
 }
 RECIPES = {  # what the README compares; flags that a recipe sets, unless they are given
     "default": dict(optimizer="adamw", windows="random", bos_share=0.1),
-    "original": dict(optimizer="adamw", windows="chunks", bos_share=0.0, learning_rate=1e-3),
+    "original": dict(optimizer="adamw", windows="chunks", bos_share=0.0, learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", windows="random", bos_share=0.1, rotary=True, qk_norm=True, dropout=0.0),
 }
 TPUS = {  # part of the name: peak dense bfloat16 TFLOP/s, memory in GiB, clock in GHz (for --compile_for)
     "TPU v2": (22.5, 8, 0.7), "TPU v3": (61.5, 16, 0.94), "TPU v4": (275, 32, 1.05), "TPU v5 lite": (197, 16, 1.5),
     "TPU v5e": (197, 16, 1.5), "TPU v5": (459, 95, 1.75), "TPU v6": (918, 32, 1.75),
-}  # fmt: skip
+}  # the first that matches counts  # fmt: skip
 GPUS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "RTX 3090": 71, "RTX 4090": 165}  # TFLOP/s alone
 COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
            "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
@@ -78,12 +78,17 @@ LAUNCHED = time.time()
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
+def as_flags(values):
+    """{"dim": 64, "rotary": True, "tied": False} -> ["--dim=64", "--rotary"]."""
+    given = {name: value for name, value in values.items() if value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
 def make_parser():
     style = argparse.RawDescriptionHelpFormatter
-    flags = lambda values: " ".join(f"--{name} {value}" for name, value in values.items())
-    sizes = "\n".join(f"  {size:5s} {flags(values)}" for size, values in SIZES.items())
+    sets = "\n".join(f"  {name:8s} {' '.join(as_flags(values))}" for name, values in (SIZES | RECIPES).items())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS,
-                                     epilog=f"sizes:\n{sizes}", allow_abbrev=False)  # fmt: skip
+                                     epilog=f"what sizes and recipes set, where you don't:\n{sets}", allow_abbrev=False)  # fmt: skip
     add = parser.add_argument_group("what and where").add_argument
     add("--data", default="data", help="folder written by tokenize.py")
     add("--run", default="run", help="folder for checkpoints, log.csv and loss.png")
@@ -105,15 +110,15 @@ def make_parser():
     add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, at twice the learning rate")
     add("--steps", type=int, help="optimizer steps")
     add("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
-    add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result")
+    add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result (1)")
     add("--learning_rate", type=float, help="its peak, after the warm-up; it falls to a tenth by a cosine")
     add("--warmup", type=int, help="steps; default: a tenth of them, 1000 at most")
-    add("--weight_decay", type=float, default=0.1, help="on the blocks' matrices and, with adamw, the head's")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--weight_decay", type=float, default=0.1, help="of the blocks' matrices and, with adamw, the head's (0.1)")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (1)")
     add("--windows", choices=["random", "chunks"], help="start anywhere, or at multiples of --context in a piece")
     add("--bos_share", type=float, help="share of windows that start where their piece starts")
     add("--precision", choices=["float32", "bfloat16"], help="of the computation; default: bfloat16 on GPU and TPU")
-    add("--log_every", type=int, default=20, help="steps")
+    add("--log_every", type=int, default=20, help="steps (20)")
     add("--eval_every", type=int, help="steps; default: ten times a run")
     add("--save_every", type=int, help="steps; default: at every evaluation")
     add("--max_hours", type=float, default=float("inf"), help="save and stop before this much time has passed")
@@ -167,9 +172,7 @@ def read_flags(argv):
     except (ValueError, KeyError, TypeError) as error:
         fail(error)
     # as if they were typed first, so that they are checked too and what was really typed wins
-    typed = [f"--{name}" if value is True else f"--{name}={value}"
-             for name, value in defaults.items() if value is not False]  # fmt: skip
-    args = parser.parse_args(typed + argv)
+    args = parser.parse_args(as_flags(defaults) + argv)
     for name, value in kept.items():
         if getattr(args, name) != value:
             fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
@@ -239,9 +242,11 @@ class Data:
                     raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
                 if not (len(starts) and facts["notes"] > 0 and facts["seconds"] > 0):
                     raise ValueError(f"there is no music in {split}")
+        except FileNotFoundError as error:
+            fail(f"--data {folder}: no {error.filename}; make it: python tokenize.py --out {folder}")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            fail(f"--data {folder}: {reason}; make it: python tokenize.py --out {folder}")
+            fail(f"--data {folder}: {reason}; to make it anew: python tokenize.py --out {folder}")
 
     def windows(self, split, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
