@@ -71,7 +71,7 @@ def parse_flags():
     flag = parser.add_argument
     flag("--run", type=Path, default="run", help="folder that train.py wrote (default: run)")
     flag("--data", type=Path, help="folder of the training data, to compare with (default: the one trained on)")
-    flag("--out", type=Path, default="samples", help="folder to write (default: samples)")
+    flag("--out", type=Path, default="samples", help="folder to write (default: samples); other files in it stay")
     flag("--wav", action="store_true", help="also write .wav files, from a small synthesizer")
 
     flag = parser.add_argument_group("prompt: how pieces begin (default: out of nothing)").add_argument
@@ -320,19 +320,33 @@ def pick(logits_BV, keys_B, temperature_B, filters):
 
 
 class Turned(NamedTuple):
-    """A matrix [I, O] kept as [O, I]: a CPU multiplies it with one token, or with a few, up to 1.5 times as fast."""
+    """A matrix [I, O] kept as [O, I], in float32 or bfloat16, which a CPU multiplies faster with one token or a few."""
 
     weight_OI: jax.Array
 
     def __rmatmul__(self, x):
-        product = self.weight_OI @ x.reshape(-1, x.shape[-1]).T
-        # the barrier keeps XLA from turning the product round again
-        return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
+        def multiply(x_NI, weight_OI):
+            weight_OI = weight_OI.astype(x.dtype)
+            return (x_NI @ weight_OI.T).T if len(x_NI) == 1 else weight_OI @ x_NI.T  # the same; each is faster there
+
+        x_NI = x.reshape(-1, x.shape[-1])
+        # a branch of its own, though always taken: else XLA computes the norm or SiLU of x anew for every output
+        otherwise = lambda x_NI, weight_OI: jnp.full((len(weight_OI), len(x_NI)), jnp.nan, x.dtype)
+        product_ON = jax.lax.cond(jnp.isfinite(x_NI[0, 0]), multiply, otherwise, x_NI, self.weight_OI)
+        return product_ON.T.reshape(*x.shape[:-1], -1)
 
 
-def turn_matrices(model):
-    """The same model, faster on CPUs, whose time goes into reading the matrices of all blocks for every token."""
-    turn = lambda leaf: Turned(leaf.T) if leaf.ndim == 2 else leaf
+def place(model, precision, rows):
+    """The model on this device, fit to compose so many pieces at once, in the precision that it was trained in.
+
+    A CPU's time goes into reading the matrices of all blocks for every token. They alone have that precision there;
+    several tokens take longer to multiply than to read them, so then their values are turned back to float32.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
+    kept = precision if rows == 1 else "float32"
+    turn = lambda leaf: Turned(leaf.T.astype(precision).astype(kept)) if leaf.ndim == 2 else leaf
+    model = jax.tree.map(jnp.array, model)
     return eqx.tree_at(lambda model: model.blocks, model, [jax.tree.map(turn, block) for block in model.blocks])
 
 
@@ -353,7 +367,8 @@ def read_window(model, tokens_BT, cache):
     return model(tokens_BT, cache=cache)[1]
 
 
-@functools.partial(jax.jit, donate_argnames="music")
+# without fast math, which leaves the order of a sum open, jax 0.12 adds up products with bfloat16 one by one
+@functools.partial(jax.jit, donate_argnames="music", compiler_options={"xla_cpu_enable_fast_math": True})
 def continue_music(model, grammar, music, steps, keys_B, temperature_B, filters, eos):
     """Add `steps` tokens to all pieces. What a row draws depends on its seed and its length alone."""
 
@@ -689,7 +704,7 @@ class Piece(NamedTuple):
 
 
 def load_run(folder):
-    """The model, as is best for this device, its tokenizer, and what the checkpoint says of itself."""
+    """The model, in numpy's arrays, its tokenizer, and what the checkpoint says of itself."""
     paths = [folder / "best.ckpt", folder / "last.ckpt"]  # a run that was cut short may only have the latter
     path = next((path for path in paths if path.exists()), None)
     if not path:
@@ -706,21 +721,19 @@ def load_run(folder):
         raise ValueError(f"{path}: not all of its weights are numbers: training has diverged")
     if not facts.get("step"):
         print(f"{path} has not been trained: expect noise")
-    if jax.default_backend() == "cpu":
-        model = turn_matrices(jax.tree.map(jnp.array, model))
-    else:
-        precision = facts.get("flags", {}).get("precision", "float32")  # as it was trained
-        model = jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
-    return model, tokenizer, facts | {"tokenizer_sha256": digest}
+    flags = facts.get("flags")
+    precision = "bfloat16" if isinstance(flags, dict) and flags.get("precision") == "bfloat16" else "float32"
+    return model, tokenizer, facts | {"tokenizer_sha256": digest, "precision": precision}
 
 
-def compose(args, model, tokenizer, prompt, grammar):
+def compose(args, model, precision, tokenizer, prompt, grammar):
     """The whole grid of seeds and temperatures: those Pieces that have new notes, and the tokens per second."""
     onsets = notes_of(to_score(prompt, tokenizer))["time"] if prompt else np.zeros(1)  # of the prompt, in seconds
     limit = onsets[-1] + (args.seconds or math.inf)
     is_enough = lambda ids: tokenizer.decode([ids]).to("second").end() > limit
     seeds = range(args.num_samples) if args.num_samples else args.seeds
     grid = list(dict.fromkeys((seed, temperature) for seed in seeds for temperature in args.temperatures))
+    model = place(model, precision, len(grid))
     all_ids, tokens_per_second = generate(
         model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
         (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None, progress=True,
@@ -760,8 +773,9 @@ def main():
     try:
         model, tokenizer, facts = load_run(args.run)
         prompt = read_prompt(args, tokenizer)
-        if args.window_drop and args.window_drop >= model.cfg.context:
-            raise ValueError(f"--window_drop {args.window_drop}: less than the model's context of {model.cfg.context}")
+        context = model.cfg.context
+        if args.window_drop and args.window_drop >= context:
+            raise ValueError(f"--window_drop {args.window_drop}: must be less than the model's context of {context}")
         locked = scale(args.scale_lock) if args.scale_lock else range(12)
         grammar = build_grammar(tokenizer, {pitch % 12 for pitch in locked})
         if args.prompt and args.prompt.resolve().parent == args.out.resolve():
@@ -771,7 +785,7 @@ def main():
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
-        pieces, tokens_per_second = compose(args, model, tokenizer, prompt, grammar)
+        pieces, tokens_per_second = compose(args, model, facts["precision"], tokenizer, prompt, grammar)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
             raise

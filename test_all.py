@@ -1770,8 +1770,8 @@ def test_sample_scale_lock_keeps_new_notes_in_the_scale(sample_tokenizer):
     assert not {pitch % 12 for pitch in pitches_of(free)} <= scale
 
 
-def watched_sampling(tokenizer, given, drop=None, **more):
-    """A model, 80 tokens from it for two seeds after a prompt of so many tokens, and the logits that each was drawn from."""
+def watched_sampling(tokenizer, given, drop=None, seeds=(0, 1), precision="float32", **more):
+    """A model, 80 tokens from it for some seeds after a prompt of so many tokens, and the logits that each was drawn from."""
     seen = []
 
     class Watched(model.Decoder):
@@ -1786,11 +1786,11 @@ def watched_sampling(tokenizer, given, drop=None, **more):
     no_end = watched.head_bias_V.at[tokenizer["EOS_None"]].set(-1e9)
     object.__setattr__(watched, "head_bias_V", no_end)
     prompt = midi_tokenize.encode(etude(tokenizer), tokenizer)[:given]
-    faster = sample.turn_matrices(watched)  # as load_run does
-    pieces = compose(faster, tokenizer, prompt, seeds=[0, 1], max_tokens=80, window_drop=drop)
+    placed = sample.place(watched, precision, len(seeds))
+    pieces = compose(placed, tokenizer, prompt, seeds=seeds, max_tokens=80, window_drop=drop)
     jax.effects_barrier()
     tokens = np.array([[tokenizer["BOS_None"], *ids] for ids in pieces])
-    assert len(seen) == 80 and not np.array_equal(tokens[0], tokens[1])
+    assert len(seen) == 80 and len({tuple(row) for row in tokens.tolist()}) == len(seeds)
     return watched, tokens, seen
 
 
@@ -1808,6 +1808,17 @@ def test_sample_cached_logits_are_those_of_a_full_forward_pass(sample_tokenizer,
         expected_BV = full(window, length - begin - 1)
         np.testing.assert_allclose(logits_BV, expected_BV, atol=1e-4)
         assert np.std(expected_BV[:, 3:]) > 0.1
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on GPUs and TPUs the whole model has that precision")
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_sample_on_cpu_rounds_the_matrices_of_a_bfloat16_run_and_nothing_else(sample_tokenizer, seeds):
+    watched, tokens, seen = watched_sampling(sample_tokenizer, 0, seeds=seeds, precision="bfloat16")
+    rounded = lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32) if leaf.ndim == 2 else leaf
+    rounded = eqx.tree_at(lambda decoder: decoder.blocks, watched, jax.tree.map(rounded, watched.blocks))
+    expected_BTV, unrounded_BTV = (model.Decoder.__call__(made, tokens[:, :32])[0] for made in (rounded, watched))
+    np.testing.assert_allclose(np.stack(seen[:32], axis=1), expected_BTV, atol=1e-4)
+    assert abs(expected_BTV - unrounded_BTV)[..., 3:].max() > 1e-2
 
 
 @pytest.mark.parametrize("given", [0, 50])
@@ -2191,14 +2202,15 @@ def bench_sample(tokens=250):
     tokenizer = midi_tokenize.build_tokenizer()  # filled up below to the 10,000 of the reference
     cfg = model.Config()
     plain = jax.jit(lambda key: model.Decoder(cfg, key))(jax.random.key(0))
-    decoder, context, vocab_size = sample.turn_matrices(plain), cfg.context, cfg.vocab_size
+    context, vocab_size = cfg.context, cfg.vocab_size
     anything = np.ones((1, vocab_size), bool)
     state = np.full((vocab_size, 2), 999), np.zeros((vocab_size, 3), int), np.zeros(3, int)
     free = sample.Grammar(*map(jnp.array, (anything, *state)))
     prompt = np.random.default_rng(0).integers(0, vocab_size, 2 * context).tolist()
 
-    def ours(rows, given, count, decoder=decoder):
-        make = lambda count: sample.generate(decoder, prompt[:given], range(rows), [1.0] * rows, free, -1, count)[1]
+    def ours(rows, given, count, precision="float32", decoder=plain):
+        placed = sample.place(decoder, precision, rows)
+        make = lambda count: sample.generate(placed, prompt[:given], range(rows), [1.0] * rows, free, -1, count)[1]
         return max(make(count) for _ in range(2))
 
     def show(name, value):
@@ -2207,19 +2219,22 @@ def bench_sample(tokens=250):
     forward = jax.jit(lambda tokens_T: plain(tokens_T[None])[0][0])
     show("padded window for every token, the original's way", padded_tokens_per_second(original_forward(cfg), cfg))
     show("padded window for every token, model.py's forward", padded_tokens_per_second(forward, cfg))
-    for rows in (1, 8):
-        show(f"sample.py, the first {tokens} tokens, batch {rows}", ours(rows, 1, tokens))
-    show(f"sample.py, the last {tokens} of a context, batch 1", ours(1, context - tokens, tokens))
-    show(f"sample.py, past the context ({context // 2 + 8} tokens), batch 1", ours(1, context + 1, context // 2 + 8))
-    rotary = jax.jit(lambda key: model.Decoder(dataclasses.replace(cfg, rotary=True), key))(jax.random.key(0))
-    rotary = sample.turn_matrices(rotary)
-    show(f"sample.py, past the context, rotary ({tokens} tokens), batch 1", ours(1, context + 1, tokens, rotary))
+    for precision in ("float32", "bfloat16"):  # of the blocks' matrices
+        for rows in (1, 8):
+            show(f"sample.py, {precision}, first {tokens} tokens, batch {rows}", ours(rows, 1, tokens, precision))
+        show(f"sample.py, {precision}, a whole context, batch 1", ours(1, 1, context - 1, precision))
+        past = ours(1, context + 1, context // 2 + 8, precision)
+        show(f"sample.py, {precision}, past the context ({context // 2 + 8} tokens), batch 1", past)
+        rotary = jax.jit(lambda key: model.Decoder(dataclasses.replace(cfg, rotary=True), key))(jax.random.key(0))
+        past = ours(1, context + 1, tokens, precision, rotary)
+        show(f"sample.py, {precision}, past the context, rotary ({tokens} tokens), batch 1", past)
     grammar = sample.build_grammar(tokenizer)
     masked = grammar._replace(
         follows_KV=jnp.pad(grammar.follows_KV, ((0, 0), (0, vocab_size - grammar.follows_KV.shape[1]))),
         first_V2=jnp.pad(grammar.first_V2, ((0, vocab_size - len(grammar.first_V2)), (0, 0)), constant_values=999),
         after_V3=jnp.pad(grammar.after_V3, ((0, vocab_size - len(grammar.after_V3)), (0, 0))),
     )
+    decoder = sample.place(plain, "float32", 1)
     rates = {name: [] for name in ("with the grammar", "without")}
     for _ in range(3):  # side by side, because the machine drifts
         for name, rules in (("with the grammar", masked), ("without", free)):
