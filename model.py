@@ -136,7 +136,7 @@ class Block(eqx.Module):
     attention_norm: eqx.nn.LayerNorm
     mlp_norm: eqx.nn.LayerNorm
     qkv_DE: jax.Array  # no bias on queries, keys and values
-    sharpness_H: jax.Array | None  # of attention, where only the directions of queries and keys count
+    qk_scale_H: jax.Array | None  # with QK-norm: how sharp attention is, because only directions count then
     out_DD: jax.Array
     out_bias_D: jax.Array
     up_DF: jax.Array
@@ -150,7 +150,7 @@ class Block(eqx.Module):
         qkv_key, out_key, up_key, down_key = jax.random.split(key, 4)
         self.attention_norm, self.mlp_norm = eqx.nn.LayerNorm(D), eqx.nn.LayerNorm(D)
         self.qkv_DE = normal(qkv_key, D, 3 * D)
-        self.sharpness_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None
+        self.qk_scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None
         self.out_DD, self.out_bias_D = normal(out_key, D, D, std=residual_std), jnp.zeros(D)
         self.up_DF, self.up_bias_F = normal(up_key, D, 4 * D), jnp.zeros(4 * D)
         self.down_FD, self.down_bias_D = normal(down_key, 4 * D, D, std=residual_std), jnp.zeros(D)
@@ -163,7 +163,7 @@ class Block(eqx.Module):
         q_BTHK, k_BTHK, v_BTHK = (x.reshape(B, T, cfg.heads, -1) for x in jnp.split(qkv_BTE, 3, axis=-1))
         if cfg.qk_norm:
             K = cfg.dim // cfg.heads  # attention will divide by sqrt(K)
-            q_BTHK, k_BTHK = normalize(q_BTHK) * (K**0.5 * self.sharpness_H)[:, None], normalize(k_BTHK)
+            q_BTHK, k_BTHK = normalize(q_BTHK) * (K**0.5 * self.qk_scale_H)[:, None], normalize(k_BTHK)
         if cfg.rotary:
             q_BTHK, k_BTHK = rotate(q_BTHK, start), rotate(k_BTHK, start)
         if cache is None:

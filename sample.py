@@ -110,7 +110,7 @@ def parse_flags():
 # ---------------------------------------------------------------- prompts: all become one Score
 
 
-def pitch_of(name):
+def parse_pitch(name):
     """ "C4" -> 60, "F#5" -> 78, "Bb" -> 58: without a number, the octave below middle C"""
     match = re.fullmatch(r"([A-G])([#b]?)([0-8]?)", name)
     if not match:
@@ -122,37 +122,37 @@ def pitch_of(name):
     return pitch
 
 
-def chord(name):
+def parse_chord(name):
     """ "Dm7" -> [50, 53, 57, 60]"""
     root, kind = re.fullmatch(r"([A-G]?[#b]?)(.*)", name).groups()
     if kind not in CHORDS:
         raise ValueError(f"{name!r} is not a chord; kinds: C{' C'.join(CHORDS)}")
-    return [pitch_of(root) + interval for interval in CHORD_MAPS[CHORDS[kind]]]
+    return [parse_pitch(root) + interval for interval in CHORD_MAPS[CHORDS[kind]]]
 
 
-def motif(name):
+def parse_motif(name):
     """ "E5" -> [76], "[C4,E4]" -> [60, 64], "R" -> []"""
     if not re.fullmatch(r"\[[^\[\]]+\]|[^\[\]]+", name):
         raise ValueError(f"{name!r} is not a note or a chord; write C4 or [C4,E4], without spaces")
-    return [] if name == "R" else [pitch_of(note) for note in name.strip("[]").split(",")]
+    return [] if name == "R" else [parse_pitch(note) for note in name.strip("[]").split(",")]
 
 
-def scale(text):
+def parse_scale(text):
     """ "D minor" -> [62, 64, 65, ...]: one octave, from the D above middle C"""
     root, _, kind = text.lower().partition(" ")
     if kind not in SCALES:
         raise ValueError(f"{text!r} is not a scale; write a note and one of: {' '.join(SCALES)}")
-    return [pitch_of(root.capitalize()) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
+    return [parse_pitch(root.capitalize()) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
 
-def with_lengths(text, read, default):
-    """ "G7 C:4", chord, 2 -> [([55, 59, 62, 65], 2), ([48, 52, 55], 4)]: pitches and beats of every word"""
+def with_lengths(text, parse, default):
+    """ "G7 C:4", parse_chord, 2 -> [([55, 59, 62, 65], 2), ([48, 52, 55], 4)]: pitches and beats of every word"""
     steps = []
     for word in text.split():
         name, _, beats = word.partition(":")
         if not re.fullmatch(r"[\d.]*", beats) or not 0.01 <= float(beats or default) <= 64:
             raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
-        steps.append((read(name), float(beats or default)))
+        steps.append((parse(name), float(beats or default)))
     return steps
 
 
@@ -160,8 +160,9 @@ def text_to_score(args):
     """--chords, --motif and --scale as a Score, sounding together where several are given."""
     score, track = Score(480), Track()
     score.tempos.append(Tempo(0, args.bpm))
-    upwards = [([pitch], 0.5) for pitch in scale(args.scale)] if args.scale else []
-    for voice in with_lengths(args.chords or "", chord, 2), with_lengths(args.motif or "", motif, 1), upwards:
+    chords, motif = with_lengths(args.chords or "", parse_chord, 2), with_lengths(args.motif or "", parse_motif, 1)
+    scale = [([pitch], 0.5) for pitch in parse_scale(args.scale)] if args.scale else []
+    for voice in chords, motif, scale:
         now = 0
         for pitches, beats in voice:
             track.notes.extend(Note(round(480 * now), round(480 * beats), pitch, 72) for pitch in pitches)
@@ -319,7 +320,7 @@ def pick(logits_BV, keys_B, temperature_B, filters):
 # ---------------------------------------------------------------- generating: read the prompt, then a compiled loop
 
 
-class Turned(NamedTuple):
+class TransposedMatrix(NamedTuple):
     """A matrix [I, O] kept as [O, I], in float32 or bfloat16, which a CPU multiplies faster with one token or a few."""
 
     weight_OI: jax.Array
@@ -336,7 +337,7 @@ class Turned(NamedTuple):
         return product_ON.T.reshape(*x.shape[:-1], -1)
 
 
-def place(model, precision, rows):
+def to_device(model, precision, rows):
     """The model on this device, fit to compose so many pieces at once, in the precision that it was trained in.
 
     A CPU's time goes into reading the matrices of all blocks for every token. They alone have that precision there;
@@ -345,9 +346,9 @@ def place(model, precision, rows):
     if jax.default_backend() != "cpu":
         return jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
     kept = precision if rows == 1 else "float32"
-    turn = lambda leaf: Turned(leaf.T.astype(precision).astype(kept)) if leaf.ndim == 2 else leaf
+    transpose = lambda leaf: TransposedMatrix(leaf.T.astype(precision).astype(kept)) if leaf.ndim == 2 else leaf
     model = jax.tree.map(jnp.array, model)
-    return eqx.tree_at(lambda model: model.blocks, model, [jax.tree.map(turn, block) for block in model.blocks])
+    return eqx.tree_at(lambda model: model.blocks, model, [jax.tree.map(transpose, block) for block in model.blocks])
 
 
 class Music(NamedTuple):
@@ -733,7 +734,7 @@ def compose(args, model, precision, tokenizer, prompt, grammar):
     is_enough = lambda ids: tokenizer.decode([ids]).to("second").end() > limit
     seeds = range(args.num_samples) if args.num_samples else args.seeds
     grid = list(dict.fromkeys((seed, temperature) for seed in seeds for temperature in args.temperatures))
-    model = place(model, precision, len(grid))
+    model = to_device(model, precision, len(grid))
     all_ids, tokens_per_second = generate(
         model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
         (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None, progress=True,
@@ -776,7 +777,9 @@ def main():
         context = model.cfg.context
         if args.window_drop and args.window_drop >= context:
             raise ValueError(f"--window_drop {args.window_drop}: must be less than the model's context of {context}")
-        locked = scale(args.scale_lock) if args.scale_lock else range(12)
+        if args.window_drop and model.cfg.rotary:
+            raise ValueError(f"--window_drop {args.window_drop}: a model with rotary positions drops 1; leave it out")
+        locked = parse_scale(args.scale_lock) if args.scale_lock else range(12)
         grammar = build_grammar(tokenizer, {pitch % 12 for pitch in locked})
         if args.prompt and args.prompt.resolve().parent == args.out.resolve():
             raise ValueError(f"--prompt {args.prompt}: lies in --out, whose files are replaced; name another --out")

@@ -35,6 +35,7 @@ import urllib.request
 import wave
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # here and in all that is started: the same numbers everywhere
 COMPILED = tempfile.TemporaryDirectory()  # and each program compiled once, though many tests and their processes run it
@@ -912,7 +913,7 @@ def test_decoder_equals_its_formula_in_numpy(cfg):
         for h in range(4):
             q_h, k_h, v_h = (x[:, 8 * h : 8 * h + 8] for x in (q, k, v))
             if cfg.qk_norm:
-                q_h, k_h = direction(q_h) * block.sharpness_H[h] * np.sqrt(8), direction(k_h)
+                q_h, k_h = direction(q_h) * block.qk_scale_H[h] * np.sqrt(8), direction(k_h)
             if cfg.rotary:
                 q_h, k_h = turn(q_h), turn(k_h)
             scores = np.where(np.tri(16), np.exp(q_h @ k_h.T / np.sqrt(8)), 0)
@@ -1404,6 +1405,9 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
     shorter = {"val": json.loads((markov / "meta.json").read_text())["val"] | {"notes": 7}}
     other = broken("other", **shorter)
     assert "holds other music by now" in mistake(capsys, "--run", trained, "--resume", "--data", other)
+    with np.load(trained / "best.ckpt") as file, open(tmp_path / "foreign.ckpt", "wb") as foreign:
+        np.savez(foreign, **{**file, "meta": "{}"})
+    assert "not a checkpoint of train.py (KeyError('config'))" in say("--init_from", tmp_path / "foreign.ckpt")
     assert "not a usable checkpoint" in say("--init_from", markov / "meta.json")
     for name, value in (("dim", 64), ("layers", 1), ("heads", 4)):  # fewer layers would fit into the file
         assert f"--{name} {value}: {trained}/last.ckpt was made with" in mistake(
@@ -1415,11 +1419,15 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
     assert "--optimizer muon" in mistake(capsys, "--run", trained, "--resume", "--optimizer", "muon")
     for name in ("learning_rate", "weight_decay", "grad_clip", "bos_share", "max_hours", "dropout"):
         assert f"--{name} nan: must be from" in say("--data", markov, f"--{name}", "nan")
+    assert "a file; name another folder" in say("--data", markov, "--run", markov / "meta.json")
     assert "Not a directory" in say("--data", markov, "--run", markov / "meta.json/run")
     assert "--seed" in say("--data", markov, "--seed", 2**32)
     assert "no music" in say(
         "--data", broken("silent", val={**json.loads((markov / "meta.json").read_text())["val"], "notes": 0})
     )
+    no_gpu = RuntimeError("Unable to initialize backend 'gpu'\nand so on")
+    monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=no_gpu))
+    assert "JAX finds no such device (Unable to initialize backend 'gpu')" in say("--data", markov)
     assert not (tmp_path / "run").exists()
 
 
@@ -1759,7 +1767,7 @@ def test_sample_grammar_knows_tempo_chord_pedal_and_time_signature_tokens():
 
 def test_sample_scale_lock_keeps_new_notes_in_the_scale(sample_tokenizer):
     decoder = untrained(len(sample_tokenizer))
-    scale = {pitch % 12 for pitch in sample.scale("D minor")}
+    scale = {pitch % 12 for pitch in sample.parse_scale("D minor")}
     locked, free = (
         sample.to_score(
             compose(decoder, sample_tokenizer, max_tokens=400, pitch_classes=classes, seeds=[3])[0], sample_tokenizer
@@ -1786,7 +1794,7 @@ def watched_sampling(tokenizer, given, drop=None, seeds=(0, 1), precision="float
     no_end = watched.head_bias_V.at[tokenizer["EOS_None"]].set(-1e9)
     object.__setattr__(watched, "head_bias_V", no_end)
     prompt = midi_tokenize.encode(etude(tokenizer), tokenizer)[:given]
-    placed = sample.place(watched, precision, len(seeds))
+    placed = sample.to_device(watched, precision, len(seeds))
     pieces = compose(placed, tokenizer, prompt, seeds=seeds, max_tokens=80, window_drop=drop)
     jax.effects_barrier()
     tokens = np.array([[tokenizer["BOS_None"], *ids] for ids in pieces])
@@ -2013,6 +2021,7 @@ BAD_FLAGS = [
     (["--run", "{none}"], "none"), (["--run", "{hostile}"], "hostile"), (["--run", "{foreign}"], "foreign"),
     (["--run", "{diverged}"], "diverged"), (["--run", "{headless}"], "twice the 0 heads"), (["--prompt_tokens", "5"], "prompt"),
     (["--chords", ""], "no piano notes"), (["--temperature", "1"], "--temperature"), (["--motif", "C4 B8"], "'B8'"),
+    (["--run", "{rotary}", "--window_drop", "8"], "rotary"),
 ]  # fmt: skip
 
 
@@ -2022,7 +2031,7 @@ BAD_FLAGS = [
 def test_sample_refuses_in_one_line(
     tmp_path, monkeypatch, capsys, sample_data, sample_tokenizer, sample_run, flags, culprit
 ):
-    paths = {name: tmp_path / name for name in ("none", "hostile", "foreign", "headless", "diverged")}
+    paths = {name: tmp_path / name for name in ("none", "hostile", "foreign", "headless", "diverged", "rotary")}
     paths |= {name: tmp_path / f"{name}.mid" for name in ("noise", "drums")}
     paths["noise"].write_bytes(np.random.default_rng(0).bytes(1000))
     drums = Score(480)
@@ -2034,6 +2043,7 @@ def test_sample_refuses_in_one_line(
     save_run(paths["foreign"], untrained(len(sample_tokenizer) + 1), sample_data)
     config = dataclasses.asdict(untrained(len(sample_tokenizer)).cfg) | {"heads": 0}
     save_run(paths["headless"], untrained(len(sample_tokenizer)), sample_data, config=config)
+    save_run(paths["rotary"], untrained(len(sample_tokenizer), rotary=True), sample_data)
     diverged = jax.tree.map(lambda leaf: leaf * np.nan, untrained(len(sample_tokenizer)))
     save_run(paths["diverged"], diverged, sample_data)
     flags = [flag.format(**paths) for flag in flags]
@@ -2209,7 +2219,7 @@ def bench_sample(tokens=250):
     prompt = np.random.default_rng(0).integers(0, vocab_size, 2 * context).tolist()
 
     def ours(rows, given, count, precision="float32", decoder=plain):
-        placed = sample.place(decoder, precision, rows)
+        placed = sample.to_device(decoder, precision, rows)
         make = lambda count: sample.generate(placed, prompt[:given], range(rows), [1.0] * rows, free, -1, count)[1]
         return max(make(count) for _ in range(2))
 
@@ -2234,7 +2244,7 @@ def bench_sample(tokens=250):
         first_V2=jnp.pad(grammar.first_V2, ((0, vocab_size - len(grammar.first_V2)), (0, 0)), constant_values=999),
         after_V3=jnp.pad(grammar.after_V3, ((0, vocab_size - len(grammar.after_V3)), (0, 0))),
     )
-    decoder = sample.place(plain, "float32", 1)
+    decoder = sample.to_device(plain, "float32", 1)
     rates = {name: [] for name in ("with the grammar", "without")}
     for _ in range(3):  # side by side, because the machine drifts
         for name, rules in (("with the grammar", masked), ("without", free)):

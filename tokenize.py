@@ -139,16 +139,16 @@ def prepare(score, tokenizer):
     own_beats = config.use_tempos or config.use_time_signatures
     if score.ticks_per_quarter <= 0 or any(tempo.mspq < 10_000 for tempo in score.tempos):
         raise Refused("no usable clock: a beat of 0 ticks, or under 10 ms")
-    notes, pedal = piano(score if own_beats else score.to("second"), config.use_sustain_pedals)
+    notes, pedal = piano(score if own_beats else score.to("second"), not config.use_sustain_pedals)
     lowest, highest = config.pitch_range
     notes = notes[:, (lowest <= notes[2]) & (notes[2] <= highest)]
     notes = notes[:, ::-1]  # what was played last comes first, and stays where notes fall on one key and position
     if not notes.size:
         raise Refused("no piano notes")
     grid = config.max_num_pos_per_beat * (2 if config.use_time_signatures else 1)  # beats of x/8 are halves
-    positions = grid / (score.ticks_per_quarter if own_beats else 0.5)  # per tick, or per second
+    positions_per_unit = grid / (score.ticks_per_quarter if own_beats else 0.5)  # unit: a tick, or a second
     origin = first_bar(score, notes[0].min()) if own_beats else notes[0].min()  # cuts the silence before
-    notes[:2] = np.round((notes[:2] - origin) * positions)
+    notes[:2] = np.round((notes[:2] - origin) * positions_per_unit)
     _, order = np.unique(128 * notes[0] + notes[2], return_index=True)  # one a key and position
     start, end, pitch, velocity = notes[:, order]
     if not end.max() <= MAX_BEATS * grid:  # or is no number
@@ -158,31 +158,31 @@ def prepare(score, tokenizer):
     track, prepared = Track(), Score(grid)
     track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
     if config.use_sustain_pedals:
-        down, up = np.round((pedal - origin) * positions).clip(0, end.max() + MAX_SILENCE * grid)
+        down, up = np.round((pedal - origin) * positions_per_unit).clip(0, end.max() + MAX_SILENCE * grid)
         track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
     prepared.tracks.append(track)
     prepared.tempos.append(Tempo(0, 120))
     if own_beats:
-        place = lambda tick: max(0, round((tick - origin) * positions))
+        on_grid = lambda tick: max(0, round((tick - origin) * positions_per_unit))
         for tempo in score.tempos:
-            prepared.tempos.append(Tempo(place(tempo.time), tempo.qpm))
-        for sign in score.time_signatures:
-            prepared.time_signatures.append(TimeSignature(place(sign.time), sign.numerator, sign.denominator))
+            prepared.tempos.append(Tempo(on_grid(tempo.time), tempo.qpm))
+        for meter in score.time_signatures:
+            prepared.time_signatures.append(TimeSignature(on_grid(meter.time), meter.numerator, meter.denominator))
     return prepared
 
 
 def first_bar(score, tick):
     """The tick at which the bar begins in which a tick lies."""
-    signs = [TimeSignature(0, 4, 4), *score.time_signatures]
-    sign = [sign for sign in signs if sign.time <= tick][-1]
-    bar = max(1, 4 * score.ticks_per_quarter * sign.numerator // sign.denominator)
-    return tick - (tick - sign.time) % bar
+    meters = [TimeSignature(0, 4, 4), *score.time_signatures]
+    meter = [meter for meter in meters if meter.time <= tick][-1]
+    bar = max(1, 4 * score.ticks_per_quarter * meter.numerator // meter.denominator)
+    return tick - (tick - meter.time) % bar
 
 
-def piano(score, dry):
+def piano(score, apply_pedal):
     """All tracks but drums as one piano: notes [4, N] (start, end, pitch, velocity), pedal [2, M] (down, up).
 
-    Notes are sorted by pitch and start. Unless dry, the pedal holds them; their key struck again ends them.
+    Notes are sorted by pitch and start. The pedal, if applied, holds them; their key struck again ends them.
     """
     notes, controls = [np.zeros((4, 0))], [np.zeros((2, 0))]
     for track in score.tracks:
@@ -197,7 +197,7 @@ def piano(score, dry):
     if len(pedal) % 2:
         pedal = np.append(pedal, max(pedal[-1], end.max(initial=0)))  # never lifted, so up at the end
     pedal = pedal.reshape(-1, 2).T
-    if pedal.size and not dry:
+    if pedal.size and apply_pedal:
         last = np.searchsorted(pedal[0], end, "right") - 1  # when the pedal last went down
         end = np.where(last >= 0, np.maximum(end, pedal[1, last]), end)
     notes = np.stack([start, end, pitch, velocity])[:, np.lexsort((velocity, end, start, pitch))]
@@ -468,11 +468,12 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
 
 def round_trip(takes, tokenizer):
     """Up to 20 files -> ids -> notes: what is lost, and how far the rest is off (median, 95th percentile)."""
-    sums, errors, dry = Counter(), [], tokenizer.config.use_sustain_pedals
+    sums, errors, apply_pedal = Counter(), [], not tokenizer.config.use_sustain_pedals
     for take in tqdm(takes[:: math.ceil(len(takes) / 20)], "round trip", unit=" files"):
         played = read_midi(take.path)
         ids = encode(prepare(played, tokenizer), tokenizer)
-        before, after = (piano(score.to("second"), dry)[0] for score in (played, tokenizer.decode([ids])))
+        decoded = tokenizer.decode([ids])
+        before, after = (piano(score.to("second"), apply_pedal)[0] for score in (played, decoded))
         lost = before.shape[1] - after.shape[1]
         sums.update(files=1, notes=before.shape[1], notes_lost=lost, tokens=len(ids), seconds=take.seconds)
         for notes in (before, after):
@@ -538,9 +539,9 @@ def compose(seed):
     track = Track()
     for bar, (chord, *hands) in enumerate(form):
         for left, text in enumerate(hands):  # 0, the melody, is the right hand's
-            for sign in re.finditer("[^-]-*", text):
-                start, end = (bar + place / len(text) for place in sign.span())
-                begin, name = tick(start) + dice.randrange(8), sign[0][0]
+            for struck in re.finditer("[^-]-*", text):
+                start, end = (bar + place / len(text) for place in struck.span())
+                begin, name = tick(start) + dice.randrange(8), struck[0][0]
                 swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (start == bar) + (-8 if left else 8)
                 for steps in {"B": "0", "C": "024"}.get(name, name):
                     octave, step = divmod(chord - 7 * (chord > 2) + int(steps), 7)

@@ -20,6 +20,7 @@ if __name__ == "__main__" and sys.platform == "linux" and sys.argv == sys.orig_a
         os.execve(sys.executable, sys.orig_argv, os.environ | HUGE_PAGES)
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -136,6 +137,17 @@ def fail(message):
     make_parser().error(message)
 
 
+@contextlib.contextmanager
+def reading(checkpoint):
+    """A checkpoint that lacks or distorts what train.py keeps in it is a user's mistake, too."""
+    try:
+        yield
+    except ValueError as error:
+        fail(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        fail(f"{checkpoint}: not a checkpoint of train.py ({error!r})")
+
+
 def read_flags(argv):
     """Flags given win over those of the checkpoint, these over the size's. Returns them and the devices to run on."""
     parser = make_parser()
@@ -150,33 +162,44 @@ def read_flags(argv):
         fail("--resume goes on with the run's own size, recipe and weights: leave out --size, --recipe and --init_from")
     if args.init_from and args.recipe:
         fail("--init_from keeps that model's network: leave out --recipe (--optimizer and --windows may be given)")
-    devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
+    try:
+        devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that a plug-in for GPUs is installed
+        reason = str(error).partition("\n")[0] or "none is installed"
+        fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such device ({reason})")
 
-    platform, capability = devices[0].platform, str(getattr(devices[0], "compute_capability", ""))
-    ampere = re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None  # or newer; an AMD GPU says, for example, gfx942
+    platform = devices[0].platform
     size, recipe = args.size or ("tiny" if platform == "cpu" else "base"), args.recipe or "default"
     defaults = {"size": size, "recipe": recipe} | SIZES[size] | RECIPES[recipe]
-    defaults["precision"] = "bfloat16" if platform == "tpu" or ampere else "float32"
+    defaults["precision"] = "bfloat16" if platform == "tpu" or is_ampere(devices[0]) else "float32"
     if (args.optimizer or defaults["optimizer"]) == "muon":
         defaults["learning_rate"] *= 2  # learns faster, at the size that the README compares
     source, kept = f"{args.run}/last.ckpt" if args.resume else args.init_from, {}
-    try:
+    with reading(source):
         if source:
-            made = load(source)[1]
-            kept = {name: made["config"][name] for name in MODEL_FLAGS}
+            saved = load(source)[1]
+            kept = {name: saved["config"][name] for name in MODEL_FLAGS}
             defaults |= kept | {"init_from": source}
             del kept["dropout"]  # may change
         if args.resume:
-            kept["optimizer"] = made["flags"]["optimizer"]
-            defaults |= {name: value for name, value in made["flags"].items() if name in vars(args)}
-    except (ValueError, KeyError, TypeError) as error:
-        fail(error)
+            kept["optimizer"] = saved["flags"]["optimizer"]
+            defaults |= {name: value for name, value in saved["flags"].items() if name in vars(args)}
     # as if they were typed first, so that they are checked too and what was really typed wins
     args = parser.parse_args(as_flags(defaults) + argv)
     for name, value in kept.items():
         if getattr(args, name) != value:
             fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
+    complete(args, devices)
+    return args, devices
 
+
+def is_ampere(device):
+    """An NVIDIA GPU of that or a later generation? An AMD GPU's capability reads, for example, gfx942."""
+    return re.fullmatch(r"([89]|\d\d)\.\d", str(getattr(device, "compute_capability", ""))) is not None
+
+
+def complete(args, devices):
+    """Set the flags whose defaults depend on others, and refuse what cannot be."""
     if args.wandb and not importlib.util.find_spec("wandb"):
         fail("--wandb: pip install wandb")
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
@@ -191,9 +214,10 @@ def read_flags(argv):
             fail(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     if args.dim % (2 * args.heads):  # rotary positions turn pairs of numbers
         fail(f"--dim {args.dim}: must be a multiple of twice --heads {args.heads}")
+    kind = devices[0].device_kind
     kernels = {  # and what they can do
-        "splash": platform == "tpu" and devices[0].device_kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0,
-        "cudnn": ampere and args.dim // args.heads in range(8, 129, 8),
+        "splash": kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0,
+        "cudnn": is_ampere(devices[0]) and args.dim // args.heads in range(8, 129, 8),
     }
     usable = [name for name, fits in kernels.items() if fits and args.precision == "bfloat16"] + ["xla"]
     args.attention = args.attention or usable[0]
@@ -204,7 +228,6 @@ def read_flags(argv):
         nearest = max(1, round(args.batch_size / unit)) * unit
         fail(f"--batch_size {args.batch_size}: does not divide over {len(devices)} devices x --accumulate "
              f"{args.accumulate}; the nearest that does is {nearest}")  # fmt: skip
-    return args, devices
 
 
 def device_limits(device):
@@ -378,26 +401,24 @@ def fresh_or_restored(args, data, mesh, optimizer):
     facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
     facts["music"] = {split: data.meta[split] for split in ("train", "val")}
     state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
-    try:
-        if source:
-            made = {"rows": []} | load(source)[1]  # older checkpoints lack them
-            if made["tokenizer_sha256"] != data.sha256:
-                fail(f"{source}: made with tokenizer {made['tokenizer_sha256'][:12]}, {data.folder} with "
-                     f"{data.sha256[:12]}; tokenize with --tokenizer {Path(source).parent}/tokenizer.json")  # fmt: skip
-            if args.resume and made.get("music", facts["music"]) != facts["music"]:
+    if source:
+        with reading(source):
+            saved = load(source)[1]
+            if args.resume and any(saved[name] != facts[name] for name in ("tokenizer_sha256", "music")):
                 fail(f"--resume: {data.folder} holds other music by now; --init_from {source} --run NEW learns it")
+            if saved["tokenizer_sha256"] != data.sha256:
+                fail(f"{source}: made with tokenizer {saved['tokenizer_sha256'][:12]}, {data.folder} with "
+                     f"{data.sha256[:12]}; tokenize with --tokenizer {Path(source).parent}/tokenizer.json")  # fmt: skip
             if args.resume:
-                facts |= {name: type(facts[name])(made[name]) for name in ("step", "seconds", "best", "rows")}
+                facts |= {name: type(facts[name])(saved[name]) for name in ("step", "seconds", "best", "rows")}
                 if facts["step"] < 0 or not all(row.keys() <= set(COLUMNS) for row in facts["rows"]):
                     raise ValueError(f"{source}: not a log that train.py wrote")
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(error)
 
     if any(run.glob("*.ckpt")) and not args.resume and not args.overwrite:
         fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
-    if (run / "meta.json").exists():
-        fail(f"--run {run}: holds data that tokenize.py wrote; name another folder")
+    if run.is_file() or (run / "meta.json").exists():
+        fail(f"--run {run}: {'a file' if run.is_file() else 'holds data that tokenize.py wrote'}; name another folder")
     run.mkdir(parents=True, exist_ok=True)
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
@@ -415,13 +436,19 @@ def begin_anew(run, tokenizer):
         file.write(tokenizer)
 
 
-def write_log(run, rows):
-    """log.csv and, after an evaluation, the loss curve as a picture: of the rows that checkpoints hold as well."""
+def record(args, rows):
+    """Show the last row, and write all to log.csv and, after an evaluation, to a picture of the loss curve."""
+    run, row = Path(args.run), rows[-1]
+    tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+    if args.wandb:
+        import wandb
+
+        wandb.log(row, step=row["step"])
     with whole(run / "log.csv", "w") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    if "val_nats_per_token" not in rows[-1]:
+    if "val_nats_per_token" not in row:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
@@ -466,15 +493,9 @@ def train(args, data, mesh):
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = fresh_or_restored(args, data, mesh, optimizer)
     run, first, rows, main_process = Path(args.run), facts["step"], facts["rows"], jax.process_index() == 0
-    peak_flops = mesh.size * device_limits(mesh.devices.flat[0])[0] if args.precision == "bfloat16" else np.nan
-    share_of_peak = flops_per_token(args, state["model"]) / peak_flops  # for a token per second; NaN where not known
     if main_process:
         introduce(args, data, mesh, state["model"])
         print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
-    if args.wandb and main_process:
-        import wandb
-
-        wandb.init(project="tchaikovsky", dir=run, config=vars(args))
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.draw(args, first))
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not main_process):
@@ -497,21 +518,14 @@ def train(args, data, mesh):
         row = {"step": done, "train_loss": loss, "learning_rate": float(schedule(step)), "grad_norm": grad_norm}
         if done > lap_first:
             tokens = (done - lap_first) * args.batch_size * args.context
-            row["tokens_per_second"] = tokens / (time.time() - lap_began)
-            row |= {"mfu": row["tokens_per_second"] * share_of_peak} if share_of_peak > 0 else {}
+            row |= throughput(args, mesh, state["model"], tokens / (time.time() - lap_began))
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
-        # a nat worse than a blind guess; of held-out music twice that, because overfitting is no divergence
-        limit = np.log(data.meta["vocab_size"]) + 1
-        if not (loss < limit and np.isfinite(grad_norm) and row.get("val_nats_per_token", 0) < 2 * limit):
-            raise SystemExit(DIVERGED.format(**vars(args) | row))
+        stop_if_diverged(args, row, data.meta["vocab_size"])
         facts |= {"step": done, "seconds": time.time() - began}
         if main_process:
             rows.append(row | {"seconds": round(facts["seconds"], 1)})
-            tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
-            write_log(run, rows)
-            if args.wandb:
-                wandb.log(row, step=done)
+            record(args, rows)
             if row.get("val_nats_per_note", np.inf) < facts["best"]:
                 facts["best"] = row["val_nats_per_note"]
                 save(run / "best.ckpt", {"model": state["model"]}, **facts)
@@ -534,6 +548,25 @@ def introduce(args, data, mesh, model):
     print(f"{mesh.size} x {kind}, {args.precision}: --size {args.size}, {parameter_count(model):,} parameters")
     print(f"{train['tokens']:,} tokens, vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
           f"({entropy * val['tokens'] / val['notes']:.3f} per note)")  # fmt: skip
+    if args.wandb:
+        import wandb
+
+        wandb.init(project="tchaikovsky", dir=args.run, config=vars(args))
+
+
+def throughput(args, mesh, model, tokens_per_second):
+    """Also as model-FLOPs utilisation, the share of the devices' peak (PaLM, appendix B), where that is known."""
+    peak_flops = mesh.size * device_limits(mesh.devices.flat[0])[0] if args.precision == "bfloat16" else np.nan
+    mfu = tokens_per_second * flops_per_token(args, model) / peak_flops
+    return {"tokens_per_second": tokens_per_second} | ({"mfu": mfu} if mfu > 0 else {})
+
+
+def stop_if_diverged(args, row, vocab_size):
+    """A nat worse than a blind guess; of held-out music twice that, because overfitting is no divergence."""
+    limit = np.log(vocab_size) + 1
+    losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
+    if not (losses_fit and np.isfinite(row["grad_norm"])):
+        raise SystemExit(DIVERGED.format(**vars(args) | row))
 
 
 def flops_per_token(args, model):
