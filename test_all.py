@@ -1124,11 +1124,12 @@ def free_port():
 
 def test_one_device_eight_devices_two_processes_and_micro_batches_agree(markov, tmp_path):
     flags = ["--steps", 20, "--log_every", 1, "--eval_every", 20, "--dropout", 0.1]
-    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    finished(training(markov, tmp_path / "one", *flags))
-    assert "8 x cpu" in finished(training(markov, tmp_path / "eight", *flags, env=eight))
-    finished(training(markov, tmp_path / "micro", *flags, "--accumulate", 4))
-    finished(training(markov, tmp_path / "other", *flags, "--dropout", 0))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    one, eight = training(markov, tmp_path / "one", *flags), training(markov, tmp_path / "eight", *flags, env=environment)
+    assert "1 x cpu" in finished(one) and "8 x cpu" in finished(eight)
+    micro = training(markov, tmp_path / "micro", *flags, "--accumulate", 4)
+    other = training(markov, tmp_path / "other", *flags, "--dropout", 0)
+    assert finished(micro) and finished(other)
     host = f"127.0.0.1:{free_port()},2,"
     pair = [training(markov, tmp_path / "two", *flags, "--multihost", f"{host}{i}") for i in (0, 1)]
     assert "2 x cpu" in finished(pair[0])
@@ -1146,7 +1147,7 @@ def test_one_device_eight_devices_two_processes_and_micro_batches_agree(markov, 
 
 def test_killed_ten_times_and_resumed_is_the_uninterrupted_run_bit_for_bit(markov, tmp_path):
     flags = ["--steps", 300, "--log_every", 1, "--eval_every", 50, "--save_every", 1]
-    finished(training(markov, tmp_path / "whole", *flags))
+    uninterrupted = training(markov, tmp_path / "whole", *flags)
     rng, killed, run = np.random.default_rng(), 0, tmp_path / "killed"
     while killed < 10:
         resume = ["--resume"] if (run / "last.ckpt").exists() else flags
@@ -1163,6 +1164,7 @@ def test_killed_ten_times_and_resumed_is_the_uninterrupted_run_bit_for_bit(marko
         if process.returncode == 0:
             break
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed ten times: make it longer"
+    finished(uninterrupted)
     finished(training(markov, run, "--resume"))
     for column in ("train_loss", "grad_norm", "val_nats_per_note"):
         assert log_of(run, column) == log_of(tmp_path / "whole", column)
