@@ -106,7 +106,7 @@ def make_score(notes, tempos=((0, 120),), ticks=480, metre=(), drums=()):
     for time_, qpm in tempos:
         score.tempos.append(T.Tempo(time_, qpm))
     for time_, numerator, denominator in metre:
-        score.time_signatures.append(T.TimeSignature(time_, numerator, denominator))
+        score.time_signatures.append(TimeSignature(time_, numerator, denominator))
     for some, is_drum in ((notes, False), (drums, True)):
         if some:
             track = T.Track(is_drum=is_drum)
@@ -302,18 +302,25 @@ def test_every_option_survives_the_round_trip(name):
         assert len(tokenizer) == 338
 
 
-@pytest.mark.parametrize("name", ["none", "tempos", "metre"])
-def test_a_long_lead_in_is_cut(name):
-    """A piece after 200 empty bars has the ids of the piece alone, in its own metre and tempo."""
-    T, tokenizer, late = midi_tokenize, midi_tokenize.build_tokenizer(**OPTIONS[name]), 200 * 3 * 480
+def test_the_silence_before_a_performance_is_cut_and_a_score_keeps_its_bars():
+    """A performance after 200 empty bars has the ids of the piece alone; a score begins with the bars that it rests."""
+    T, late = midi_tokenize, 200 * 3 * 480
     notes = [(480 * beat + 60, 400, 60 + beat, 64) for beat in range(24)]
     alone = make_score(notes, [(0, 90)], metre=[(0, 3, 4)])
-    later = [(late + time_, *rest) for time_, *rest in notes]
-    after = make_score(later, [(0, 50), (late - 960, 90)], metre=[(0, 3, 4)])
-    alone, after = T.prepare(alone, tokenizer), T.prepare(after, tokenizer)
-    assert T.encode(alone, tokenizer) == T.encode(after, tokenizer)
-    first = 0 if name == "none" else 60 * alone.ticks_per_quarter // 480
-    assert notes_of(alone)[0][0] == notes_of(after)[0][0] == first
+    shifted = lambda by, *tempos: make_score([(by + time_, *rest) for time_, *rest in notes], tempos, metre=[(0, 3, 4)])
+    after, tokenizer = shifted(late, (0, 50), (late - 960, 90)), T.build_tokenizer()
+    alone_ids, after_ids = (T.encode(T.prepare(score, tokenizer), tokenizer) for score in (alone, after))
+    assert alone_ids == after_ids and notes_of(T.prepare(after, tokenizer))[0][0] == 0
+    for options in (dict(tempos=True), dict(time_signatures=True)):
+        tokenizer = T.build_tokenizer(**options)
+        bars = [0, 0]
+        for number, by in enumerate((0, 6 * 480)):  # two bars of 3/4
+            ids = T.encode(T.prepare(shifted(by, (0, 90)), tokenizer), tokenizer)
+            first_note = [tokenizer[token].split("_")[0] for token in ids].index("Pitch")
+            bars[number] = ids[:first_note].count(tokenizer["Bar_None"])
+        assert bars == ([1, 3] if "time_signatures" in options else [1, 2])  # else in bars of 4/4
+        with pytest.raises(ValueError, match="mostly silent"):
+            T.prepare(after, tokenizer)
 
 
 def test_transposing_ids_is_transposing_the_score():
@@ -402,6 +409,9 @@ HOSTILE = {  # name -> (bytes, part of the reason for skipping it; None where it
     "sysex past the end": (midi_bytes([(0, b"\xf0" + vlq(10**7) + b"abc")]), "not a whole"),
     "bad text": (midi_bytes([(0, b"\xff\x03\x04\xff\xfe\0a"), *GOOD]), None),
     "large": (midi_bytes(GOOD) + bytes(6_000_000), "too large: over"),
+    "metre after years": (midi_bytes(GOOD, [(0x0FFFFFFF, b"\xff\x58\x04\4\2\x18\x08")] * 2), None),
+    "metre of billionths": (midi_bytes(GOOD, [(0, b"\xff\x58\x04\4\x1e\x18\x08")]), None),
+    "metre of no beats": (midi_bytes(GOOD, [(0, b"\xff\x58\x04\0\2\x18\x08")]), None),
 }
 
 
@@ -423,7 +433,8 @@ def fuzzed_files():
         yield whole[:at] + struct.pack(">I", dice.choice([0, 1, 9, 2**31, 2**32 - 1])) + whole[at + 4 :]
 
 
-def test_hostile_files_are_used_or_skipped_with_a_reason(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--tempos", "--chords", "--sustain_pedals", "--time_signatures"]], ids=len)
+def test_hostile_files_are_used_or_skipped_with_a_reason(options, tmp_path):
     folder, data = tmp_path / "hostile", tmp_path / "data"
     folder.mkdir()
     for name, (content, _) in HOSTILE.items():
@@ -441,7 +452,7 @@ def test_hostile_files_are_used_or_skipped_with_a_reason(tmp_path):
     total = len(os.listdir(folder)) - 1  # all but the folder
     assert len(fuzzed) >= 300
     began = time.monotonic()
-    run_tokenize(folder, "--out", data, "--vocab_size", 0)
+    run_tokenize(folder, "--out", data, "--vocab_size", 0, *options)
     assert time.monotonic() - began < 60
     meta, skipped = read_meta(data), skipped_of(data)
     assert meta["train"]["files"] + meta["val"]["files"] + len(skipped) == total

@@ -51,7 +51,7 @@ else:
     from huggingface_hub import hf_hub_download
     from miditok import REMI, TokenizerConfig
     from miditok.constants import CHORD_MAPS, CHR_ID_START, PITCH_CLASSES
-    from symusic import ControlChange, Note, Pedal, Score, Tempo, TimeSignature, Track
+    from symusic import ControlChange, Note, Pedal, Score, Tempo, Track
     from tqdm import tqdm
 
     # One file. side: "train" or "val" if published, else "". Once read, its ids are base[span].
@@ -135,48 +135,33 @@ def read_midi(path):
 
 def prepare(score, tokenizer):
     """Score -> one piano track on the tokenizer's grid, at 120 bpm unless tokens keep its own beats."""
-    config = tokenizer.config
+    config, grid = tokenizer.config, tokenizer.config.max_num_pos_per_beat
     own_beats = config.use_tempos or config.use_time_signatures
     if score.ticks_per_quarter <= 0 or any(tempo.mspq < 10_000 for tempo in score.tempos):
         raise Refused("no usable clock: a beat of 0 ticks, or under 10 ms")
-    notes, pedal = piano(score if own_beats else score.to("second"), not config.use_sustain_pedals)
+    notes, pedal = piano(score.to("quarter" if own_beats else "second"), not config.use_sustain_pedals)
     lowest, highest = config.pitch_range
     notes = notes[:, (lowest <= notes[2]) & (notes[2] <= highest)]
     notes = notes[:, ::-1]  # what was played last comes first, and stays where notes fall on one key and position
     if not notes.size:
         raise Refused("no piano notes")
-    grid = config.max_num_pos_per_beat * (2 if config.use_time_signatures else 1)  # beats of x/8 are halves
-    positions_per_unit = grid / (score.ticks_per_quarter if own_beats else 0.5)  # unit: a tick, or a second
-    origin = first_bar(score, notes[0].min()) if own_beats else notes[0].min()  # cuts the silence before
+    origin, positions_per_unit = (0, grid) if own_beats else (notes[0].min(), 2 * grid)  # a performance begins at once
     notes[:2] = np.round((notes[:2] - origin) * positions_per_unit)
     _, order = np.unique(128 * notes[0] + notes[2], return_index=True)  # one a key and position
     start, end, pitch, velocity = notes[:, order]
     if not end.max() <= MAX_BEATS * grid:  # or is no number
         raise Refused(f"too long: over {MAX_BEATS} beats")
-    if np.diff(start).max(initial=0) > MAX_SILENCE * grid:
+    if np.diff(start, prepend=0).max() > MAX_SILENCE * grid:
         raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
-    track, prepared = Track(), Score(grid)
+    track = Track()
     track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
     if config.use_sustain_pedals:
         down, up = np.round((pedal - origin) * positions_per_unit).clip(0, end.max() + MAX_SILENCE * grid)
         track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
-    prepared.tracks.append(track)
-    prepared.tempos.append(Tempo(0, 120))
-    if own_beats:
-        on_grid = lambda tick: max(0, round((tick - origin) * positions_per_unit))
-        for tempo in score.tempos:
-            prepared.tempos.append(Tempo(on_grid(tempo.time), tempo.qpm))
-        for meter in score.time_signatures:
-            prepared.time_signatures.append(TimeSignature(on_grid(meter.time), meter.numerator, meter.denominator))
+    prepared = score.resample(grid).clip(0, int(end.max())) if own_beats else Score(grid)
+    prepared.tempos.insert(0, Tempo(0, 120))
+    prepared.tracks = [track]
     return prepared
-
-
-def first_bar(score, tick):
-    """The tick at which the bar begins in which a tick lies."""
-    meters = [TimeSignature(0, 4, 4), *score.time_signatures]
-    meter = [meter for meter in meters if meter.time <= tick][-1]
-    bar = max(1, 4 * score.ticks_per_quarter * meter.numerator // meter.denominator)
-    return tick - (tick - meter.time) % bar
 
 
 def piano(score, apply_pedal):
@@ -362,22 +347,22 @@ def unpack(archive, folder):
 
 def read_takes(takes, tokenizer, workers, base_path, skipped):
     """Read every file once, appending its ids to base_path; return the takes that could be read."""
-    readable, seen = [], {}
+    read = {}  # what a take's ids hash to: the first that has them
     with open(base_path, "wb") as base:
         answers = parallel(partial(read_one, tokenizer), [take.path for take in takes], workers)
         for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
             if answer:
                 ids, notes, seconds = answer
-                first = seen.setdefault(hashlib.sha256(ids).digest(), take)
+                start = base.tell() // ids.itemsize
+                take = take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds)
+                first = read.setdefault(hashlib.sha256(ids).digest(), take)
                 if first is take:
-                    start = base.tell() // ids.itemsize
                     ids.tofile(base)
-                    readable.append(take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds))
                 else:
                     reason = f"duplicate: the same notes as {first.name}"
             if reason:
                 skipped.append((take.name, reason))
-    return readable
+    return list(read.values())
 
 
 def read_one(tokenizer, path):
@@ -387,7 +372,10 @@ def read_one(tokenizer, path):
 
 
 def parallel(function, items, workers, seconds=MAX_SECONDS):
-    """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item."""
+    """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item.
+
+    A process that dies breaks its whole pool: so every process has a pool of its own, and a thread that waits for it.
+    """
     new_pool = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), limit_memory)
     idle = [new_pool() for _ in range(workers)]  # of one process each; as many as there are threads
 
@@ -536,7 +524,7 @@ def compose(seed):
         ritardando = 0.4 * max(0, bar + 2 - len(form)) ** 2
         return round(960 * (bar * bar_seconds - rubato * math.sin(math.pi * bar / 2) + ritardando))
 
-    track = Track()
+    track, score = Track(), Score(480)
     for bar, (chord, *hands) in enumerate(form):
         for left, text in enumerate(hands):  # 0, the melody, is the right hand's
             for struck in re.finditer("[^-]-*", text):
@@ -553,9 +541,7 @@ def compose(seed):
                     velocity = round(loudness + swell + dice.gauss(0, 2))
                     track.notes.append(Note(begin, tick(end - 0.05 * (end - start)) - begin, pitch, velocity))
         if "B" in hands[1] and not set("1356") & set(hands[0]):  # pedal where the whole bar is one chord
-            track.controls.append(ControlChange(tick(bar + 0.02), 64, 127))
-            track.controls.append(ControlChange(tick(bar + 0.98), 64, 0))
-    score = Score(480)
+            track.controls.extend(ControlChange(tick(bar + at), 64, value) for at, value in ((0.02, 127), (0.98, 0)))
     score.tracks.append(track)
     return score
 
@@ -611,9 +597,8 @@ def main(args):
     (args.out / "meta.json").unlink(missing_ok=True)  # killed here, none describes another run's files
     for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv", "meta.json"):
         os.replace(work / name, args.out / name)
-    fine_tuning = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
-    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s; next: "
-          f"python train.py --data {args.out}{fine_tuning}")  # fmt: skip
+    tuned = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
+    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s; next: python train.py --data {args.out}{tuned}")
 
 
 if __name__ == "__main__":
