@@ -113,12 +113,11 @@ def parse_flags():
 def parse_pitch(name):
     """ "C4" -> 60, "F#5" -> 78, "Bb" -> 58: without a number, the octave below middle C"""
     match = re.fullmatch(r"([A-G])([#b]?)([0-8]?)", name)
-    if not match:
-        raise ValueError(f"{name!r} is not a note; write C4, F#5 or Bb3")
-    letter, accidental, octave = match.groups()
-    pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter) + {"#": 1, "b": -1, "": 0}[accidental]
-    if not 21 <= pitch <= 108:
-        raise ValueError(f"{name!r} is not on the keyboard, which goes from A0 to C8")
+    if match:
+        letter, accidental, octave = match.groups()
+        pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter) + {"#": 1, "b": -1, "": 0}[accidental]
+    if not match or not 21 <= pitch <= 108:
+        raise ValueError(f"{name!r} is not a note from A0 to C8; write C4, F#5, Bb3 or [C4,E4], without spaces")
     return pitch
 
 
@@ -132,8 +131,6 @@ def parse_chord(name):
 
 def parse_motif(name):
     """ "E5" -> [76], "[C4,E4]" -> [60, 64], "R" -> []"""
-    if not re.fullmatch(r"\[[^\[\]]+\]|[^\[\]]+", name):
-        raise ValueError(f"{name!r} is not a note or a chord; write C4 or [C4,E4], without spaces")
     return [] if name == "R" else [parse_pitch(note) for note in name.strip("[]").split(",")]
 
 
@@ -145,27 +142,20 @@ def parse_scale(text):
     return [parse_pitch(root.capitalize()) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
 
-def with_lengths(text, parse, default):
-    """ "G7 C:4", parse_chord, 2 -> [([55, 59, 62, 65], 2), ([48, 52, 55], 4)]: pitches and beats of every word"""
-    steps = []
-    for word in text.split():
-        name, _, beats = word.partition(":")
-        if not re.fullmatch(r"[\d.]*", beats) or not 0.01 <= float(beats or default) <= 64:
-            raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
-        steps.append((parse(name), float(beats or default)))
-    return steps
-
-
 def text_to_score(args):
     """--chords, --motif and --scale as a Score, sounding together where several are given."""
     score, track = Score(480), Track()
     score.tempos.append(Tempo(0, args.bpm))
-    chords, motif = with_lengths(args.chords or "", parse_chord, 2), with_lengths(args.motif or "", parse_motif, 1)
-    scale = [([pitch], 0.5) for pitch in parse_scale(args.scale)] if args.scale else []
-    for voice in chords, motif, scale:
+    scale = " ".join(map(str, parse_scale(args.scale))) if args.scale else ""
+    voices = (args.chords, parse_chord, 2), (args.motif, parse_motif, 1), (scale, lambda pitch: [int(pitch)], 0.5)
+    for text, parse, usual in voices:
         now = 0
-        for pitches, beats in voice:
-            track.notes.extend(Note(round(480 * now), round(480 * beats), pitch, 72) for pitch in pitches)
+        for word in (text or "").split():
+            name, _, length = word.partition(":")
+            beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
+            if not 0.01 <= beats <= 64:
+                raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
+            track.notes.extend(Note(round(480 * now), round(480 * beats), pitch, 72) for pitch in parse(name))
             now += beats
     score.tracks.append(track)
     return score
@@ -181,28 +171,24 @@ def read_prompt(args, tokenizer):
                 bar_lines = [*get_bars_ticks(score), score.end()]
                 score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
             score = first_seconds(midi_tokenize.prepare(score, tokenizer), args.prompt_seconds or math.inf)
+            ids = midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
+            to_score(ids, tokenizer)  # refuses too few tokens for a note
+            return ids
         except (ValueError, ArithmeticError) as error:  # some bars have no length
             raise ValueError(f"--prompt {args.prompt}: {error}") from error
-    elif (args.chords, args.scale, args.motif) != (None, None, None):
-        score = midi_tokenize.prepare(text_to_score(args), tokenizer)
-    else:
+    if (args.chords, args.scale, args.motif) == (None, None, None):
         return []
-    ids = midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
-    if not args.prompt and "Bar" in tokenizer.tokens_types_graph["Bar"]:  # go on in the bar where the text ends
-        bars = [tick // (4 * score.ticks_per_quarter) for tick in (score.tracks[0].notes[-1].time, score.end())]
-        ids += [tokenizer["Bar_None"]] * (bars[1] - bars[0])
-    try:
-        to_score(ids, tokenizer)
-    except ValueError:
-        raise ValueError(f"--prompt_tokens {args.prompt_tokens}: too few for a note") from None
+    score = midi_tokenize.prepare(text_to_score(args), tokenizer)
+    ids = midi_tokenize.encode(score, tokenizer)
+    if "Bar" in tokenizer.tokens_types_graph["Bar"]:  # go on in the bar where the text ends
+        bar = 4 * score.ticks_per_quarter
+        ids += [tokenizer["Bar_None"]] * (score.end() // bar - score.tracks[0].notes[-1].time // bar)
     return ids
 
 
 def first_seconds(score, seconds):
-    """Only the notes that begin within so many seconds."""
-    count = int(np.searchsorted(notes_of(score)["time"], seconds))
-    if not count:
-        raise ValueError(f"no note begins in its first {seconds:g} seconds")
+    """Only the notes that begin within so many seconds, at least one, and the pedal while they sound."""
+    count = max(1, int(np.searchsorted(notes_of(score)["time"], seconds)))
     part = score.clip(0, score.tracks[0].notes[count - 1].time + 1)
     last = max(note.end for note in part.tracks[0].notes)
     for pedal in part.tracks[0].pedals:
@@ -239,74 +225,63 @@ class Grammar(NamedTuple):
     follows_KV: jax.Array  # may this token come after a token of that kind?
     first_V2: jax.Array  # position and pitch that it begins with; NOTHING where it brings none
     after_V3: jax.Array  # the state that it leaves; KEEP where it changes nothing
-    start_3: jax.Array  # the state at the start of a piece
 
     def allows(self, state_B3):
         rises_BV = (self.first_V2 > state_B3[:, None, 1:]).all(axis=-1)
         return self.follows_KV[state_B3[:, 0]] & rises_BV
 
     def after(self, tokens):
-        """The state [3] after these tokens of one piece."""
-        states = np.vstack([self.start_3, np.array(self.after_V3)[np.array(tokens, int)]])
-        return jnp.array([column[column != KEEP][-1] for column in states.T])
+        """The state [3] after these tokens of one piece, of which the first is BOS."""
+        return jnp.array([column[column != KEEP][-1] for column in np.array(self.after_V3)[tokens].T])
 
     def step(self, state_B3, token_B):
         after_B3 = self.after_V3[token_B]
         return jnp.where(after_B3 == KEEP, state_B3, after_B3)
 
 
+def last_place(parts, unknown, fresh):
+    """Position and pitch where these base tokens end; pitch is `fresh` in a new position, both in a new bar."""
+    position = pitch = unknown
+    for kind, value in parts:
+        if kind in ("BOS", "Bar"):
+            position = pitch = fresh
+        elif kind == "Position":
+            position, pitch = int(value), fresh
+        elif kind == "Pitch":
+            pitch = int(value)
+    return position, pitch
+
+
 def build_grammar(tokenizer, pitch_classes=range(12)):
     """The grammar of this tokenizer's tokens; of those with notes, only those with nothing but these pitch classes."""
     graph = tokenizer.tokens_types_graph | {"BOS": {"Bar"}}
     kinds = [kind for kind in graph if kind not in ("PAD", "EOS", "PitchDrum")]
-    vocabulary = base_tokens(tokenizer)
-    follows_KV = np.zeros((len(kinds), len(vocabulary)), bool)
-    first_V2 = np.full((len(vocabulary), 2), NOTHING)
-    after_V3 = np.full((len(vocabulary), 3), KEEP)
-    for token, parts in enumerate(vocabulary):
+    follows_KV = np.zeros((len(kinds), len(tokenizer)), bool)
+    first_V2 = np.full((len(tokenizer), 2), NOTHING)
+    after_V3 = np.full((len(tokenizer), 3), KEEP)
+    for token, parts in enumerate(base_tokens(tokenizer)):
         parts = [part.split("_") for part in parts]
-        if not parts or parts[0][0] not in set(kinds) - {"BOS"}:  # BPE has one token of nothing
-            continue
-        position = pitch = KEEP
-        for kind, value in parts:
-            if kind == "Bar":
-                position = pitch = -1
-            elif kind == "Position":
-                if position == KEEP:
-                    first_V2[token, 0] = value
-                position, pitch = int(value), -1
-            elif kind == "Pitch":
-                if pitch == KEEP:
-                    first_V2[token, 1] = value
-                pitch = int(value)
-        after_V3[token] = kinds.index(parts[-1][0]), position, pitch
-        in_scale = all(kind != "Pitch" or int(value) % 12 in pitch_classes for kind, value in parts)
-        follows_KV[:, token] = [in_scale and parts[0][0] in graph[kind] for kind in kinds]
+        if parts and parts[-1][0] in kinds:  # BPE has one token of nothing
+            first_V2[token] = last_place(reversed(parts), NOTHING, NOTHING)
+            after_V3[token] = kinds.index(parts[-1][0]), *last_place(parts, KEEP, -1)
+            in_scale = all(kind != "Pitch" or int(value) % 12 in pitch_classes for kind, value in parts)
+            follows_KV[:, token] = [in_scale and parts[0][0] in graph[kind] for kind in kinds]
     follows_KV[:, tokenizer["EOS_None"]] = ["Bar" in graph[kind] and kind != "BOS" for kind in kinds]
-    return Grammar(*map(jnp.array, (follows_KV, first_V2, after_V3, [kinds.index("BOS"), -1, -1])))
+    return Grammar(*map(jnp.array, (follows_KV, first_V2, after_V3)))
 
 
 # ---------------------------------------------------------------- drawing a token
 
 
 def filter_logits(logits_BV, top_k, top_p, min_p):
-    """Set to -inf all but the top_k likeliest, all beyond the likeliest that sum to top_p, all below min_p x the best.
-
-    The three are numbers that the program reads, not parts of it: others need no other compilation.
-    """
-
-    def by_rank(logits_BV):
+    """Set to -inf all but the top_k likeliest, all past the likeliest that sum to top_p, all below min_p x the best."""
+    least_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(min_p)
+    if top_k or top_p < 1:  # sorting the vocabulary costs more than all the rest
         sorted_BV = jnp.sort(logits_BV, descending=True)
         p_BV = jax.nn.softmax(sorted_BV)
-        likelier_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-        rank_V = jnp.arange(logits_BV.shape[-1])
-        kept_BV = (likelier_BV < top_p) & ((rank_V < top_k) | (top_k == 0))
-        least_B1 = jnp.where(kept_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
-        return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-
-    # sorting the vocabulary costs more than all the rest, so it is only done when it is asked for
-    logits_BV = jax.lax.cond((top_k > 0) | (top_p < 1), by_rank, lambda unchanged: unchanged, logits_BV)
-    least_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(min_p)
+        likelier_BV, rank_V = jnp.cumsum(p_BV, axis=-1) - p_BV, jnp.arange(logits_BV.shape[-1])
+        kept_BV = (likelier_BV < top_p) & (rank_V < (top_k or math.inf))
+        least_B1 = jnp.maximum(least_B1, jnp.where(kept_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True))
     return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
 
 
@@ -352,14 +327,13 @@ def to_device(model, precision, rows):
 
 
 class Music(NamedTuple):
-    """Pieces in the making, all of one length so far."""
+    """Pieces in the making, all of one length so far. One that has ended goes on with EOS."""
 
     tokens_BN: jax.Array
     length: jax.Array
     begin: jax.Array  # of the window that the model sees
     cache: list  # keys and values of the window, but for its last token
     state_B3: jax.Array  # where the grammar stands
-    done_B: jax.Array
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -369,25 +343,26 @@ def read_window(model, tokens_BT, cache):
 
 
 # without fast math, which leaves the order of a sum open, jax 0.12 adds up products with bfloat16 one by one
-@functools.partial(jax.jit, donate_argnames="music", compiler_options={"xla_cpu_enable_fast_math": True})
+@functools.partial(jax.jit, donate_argnames="music", static_argnames="filters",
+                   compiler_options={"xla_cpu_enable_fast_math": True})  # fmt: skip
 def continue_music(model, grammar, music, steps, keys_B, temperature_B, filters, eos):
     """Add `steps` tokens to all pieces. What a row draws depends on its seed and its length alone."""
 
     def add_token(_, music):
-        last_B1 = jax.lax.dynamic_slice_in_dim(music.tokens_BN, music.length - 1, 1, axis=1)
-        logits_B1V, cache = model(last_B1, cache=music.cache, start=music.length - 1 - music.begin)
-        logits_BV = jnp.where(grammar.allows(music.state_B3), logits_B1V[:, 0], -jnp.inf)
-        draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, music.length)
-        token_B = jnp.where(music.done_B, eos, pick(logits_BV, draw_keys_B, temperature_B, filters))
-        tokens_BN = jax.lax.dynamic_update_slice_in_dim(music.tokens_BN, token_B[:, None], music.length, axis=1)
-        state_B3 = grammar.step(music.state_B3, token_B)
-        return Music(tokens_BN, music.length + 1, music.begin, cache, state_B3, music.done_B | (token_B == eos))
+        tokens_BN, length, begin, cache, state_B3 = music
+        last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
+        logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
+        logits_BV = jnp.where(grammar.allows(state_B3), logits_B1V[:, 0], -jnp.inf)
+        draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
+        token_B = jnp.where(last_B1[:, 0] == eos, eos, pick(logits_BV, draw_keys_B, temperature_B, filters))
+        tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
+        return Music(tokens_BN, length + 1, begin, cache, grammar.step(state_B3, token_B))
 
     return jax.lax.fori_loop(0, steps, add_token, music)
 
 
 def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filters=(0, 1.0, 0.0), window_drop=None,
-             is_enough=None, progress=False):  # fmt: skip
+             is_enough=None):  # fmt: skip
     """Continue `prompt` (ids, BOS first) for each seed and temperature; returns lists of ids and tokens per second.
 
     The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are forgotten, and the
@@ -405,17 +380,15 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
     cache = empty_cache(model.cfg, 1, model.token_VD.dtype, slots)
     if length - 1 > begin:
         cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)  # once, for all pieces begin alike
-    state_3 = grammar.after(prompt[1:])
-    cache, state_B3 = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), (cache, state_3[None]))
-    done_B = np.zeros(rows, bool)
-    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state_B3, jnp.array(done_B))
+    cache, state_B3 = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), (cache, grammar.after(prompt)[None]))
+    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state_B3)
     keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     fixed = keys_B, np.array(temperatures, np.float32), filters, eos
 
     music = continue_music(model, grammar, music, 0, *fixed)  # compiles
-    started, written = time.perf_counter(), 0
-    with tqdm(total=rows * max_tokens, unit=" tokens", desc="composing", disable=not progress) as bar:
-        while length < total and not done_B.all():
+    started = time.perf_counter()
+    with tqdm(total=rows * max_tokens, unit=" tokens", desc="composing") as bar:
+        while length < total and (tokens_BN[:, length - 1] != eos).any():
             if length > begin + longest:
                 begin += drop
                 cache = read_window(model, tokens_BN[:, begin : length - 1], music.cache)
@@ -424,36 +397,29 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
             music = continue_music(model, grammar, music, steps, *fixed)
             length += steps
             tokens_BN = np.array(music.tokens_BN)
-            new = np.count_nonzero(tokens_BN[:, length - steps : length] != eos)  # pieces that have ended add none
-            bar.update(new)
-            written += new
+            bar.update(np.count_nonzero(tokens_BN[:, length - steps : length] != eos))  # those that have ended add none
             if is_enough:
-                enough_B = np.array([is_enough(row[1:length].tolist()) for row in tokens_BN])
-                music = music._replace(done_B=music.done_B | enough_B)
-            done_B = np.array(music.done_B)
+                tokens_BN[[is_enough(row[1:length].tolist()) for row in tokens_BN], length - 1] = eos
+                music = music._replace(tokens_BN=jnp.array(tokens_BN))
         bar.total = bar.n  # pieces may end early
+    seconds = time.perf_counter() - started
     pieces = [row[1 : row.index(eos) if eos in row else None] for row in tokens_BN.tolist()]
-    return pieces, float(written / (time.perf_counter() - started))
+    return pieces, (sum(map(len, pieces)) - rows * (len(prompt) - 1)) / seconds
 
 
 # ---------------------------------------------------------------- is it new, is it music?
 
 
-def intervals(pitches, boundary):
-    """Pitches as bytes -> semitones from each to the next, a byte each; `boundary` to and from 255, no pitch."""
-    steps = np.diff(np.frombuffer(pitches, np.uint8).astype(np.int16))
-    return np.where(abs(steps) < 100, steps, boundary).astype(np.int8).tobytes()
-
-
 def longest_copies(samples, train, tokenizer):
     """How many successive notes of each sample (pitches), at the most, also stand in train (ids), in whatever key."""
+    steps_of = lambda pitches: np.diff(np.frombuffer(pitches, np.int8)).tobytes()  # semitones: the same in any key
     pitches = [bytes(int(part[6:]) for part in parts if part.startswith("Pitch_")) for parts in base_tokens(tokenizer)]
-    pitches[tokenizer["BOS_None"]] = b"\xff"  # between two pieces
-    parts = np.array_split(train, len(train) // 10**6 + 1)  # as lists of Python's integers, ids are large
-    known = intervals(b"".join(pitches[token] for part in parts for token in part.tolist()), 127)
+    pitches[tokenizer["BOS_None"]] = b"\xff"
+    pieces = b"".join(pitches[token] for token in memoryview(train)).split(b"\xff")
+    known = b"\x7f".join(map(steps_of, pieces))  # 127 is no step of a keyboard
     longest = []
     for sample in samples:
-        steps, length = intervals(bytes(sample.tolist()), 126), 0
+        steps, length = steps_of(bytes(sample.tolist())), 0
         for begin in range(len(steps)):
             while begin + length < len(steps) and steps[begin : begin + length + 1] in known:
                 length += 1
@@ -461,8 +427,11 @@ def longest_copies(samples, train, tokenizer):
     return longest
 
 
+FIGURES = "pitch-class entropy", "scale consistency", "polyphony", "notes a second", "groove"
+
+
 def measure(notes):
-    """Figures of a piece, by the definitions of MusPy (Dong et al. 2020).
+    """The FIGURES of a piece, by the definitions of MusPy (Dong et al. 2020).
 
     Entropy is in bits; scale consistency the share of notes in the best major or minor scale; polyphony the number of
     notes that sound, while any does; groove consistency 1 - the share of sixteenths, of bars of 2 s, on which one of
@@ -479,15 +448,12 @@ def measure(notes):
     bars = np.zeros((sixteenths[-1] // 16 + 1, 16), bool)
     bars.flat[sixteenths] = True
     groove = 1 - (bars[1:] != bars[:-1]).mean() if len(bars) > 1 else math.nan
-    return {
-        "pitch-class entropy": entropy, "scale consistency": max(in_scale), "polyphony": polyphony,
-        "notes a second": len(start) / end.max(), "groove": groove,
-    }  # fmt: skip
+    return entropy, max(in_scale), polyphony, len(start) / end.max(), groove
 
 
 def overlap(a, b):
     """Overlap area, 0 to 1, of the densities of two lists of numbers (Yang & Lerch 2020), by Gaussian kernels."""
-    a, b = (np.array(numbers)[np.isfinite(numbers)] for numbers in (a, b))
+    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
     everything = np.concatenate([a, b])
     width = everything.std() * len(everything) ** -0.2 + 1e-9  # Scott's rule
     grid = np.linspace(everything.min() - 4 * width, everything.max() + 4 * width, 1000)
@@ -497,7 +463,7 @@ def overlap(a, b):
 
 def compare(samples, folder, tokenizer, tokenizer_sha256):
     """One line about each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
-    figures = [measure(notes) for notes in samples]
+    figures = np.array([measure(notes) for notes in samples])
     try:
         facts = json.loads((folder / "meta.json").read_text())
         if facts["tokenizer_sha256"] != tokenizer_sha256:
@@ -509,20 +475,18 @@ def compare(samples, folder, tokenizer, tokenizer_sha256):
         copies = longest_copies([notes["pitch"] for notes in samples], train, tokenizer)
     except Exception as error:  # whatever missing or damaged data makes json, numpy and miditok raise
         print(f"{folder}: no training data to compare with ({error}); name its folder with --data")
-        return [", ".join(f"{name} {value:.2f}" for name, value in row.items()) for row in figures]
+        return [", ".join(f"{name} {value:.2f}" for name, value in zip(FIGURES, row)) for row in figures]
 
     longest = max(len(notes["time"]) for notes in samples)
-    usual = [measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out]
-    column = lambda rows, name: np.array([row[name] for row in rows])
+    usual = np.array([measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out])
     if len(samples) >= 16:  # enough for distributions
-        areas = [f"{name} {overlap(column(figures, name), column(usual, name)):.2f}" for name in figures[0]]
+        areas = [f"{name} {overlap(*columns):.2f}" for name, *columns in zip(FIGURES, figures.T, usual.T)]
         print(f"overlap of {len(samples)} samples with {len(usual)} held-out pieces: {', '.join(areas)}")
-    lines = []
+    lines, means = [], np.nanmean(usual, axis=0)
     for row, notes, copied in zip(figures, samples, copies):
         count = len(notes["time"])
-        parts = [f"longest copy {copied} of {count} notes = {copied / count:.0%}"]
-        parts += [f"{name} {value:.2f} ({np.nanmean(column(usual, name)):.2f})" for name, value in row.items()]
-        lines.append(", ".join(parts))
+        parts = [f"{name} {value:.2f} ({mean:.2f})" for name, value, mean in zip(FIGURES, row, means)]
+        lines.append(f"longest copy {copied} of {count} notes = {copied / count:.0%}, {', '.join(parts)}")
     return lines
 
 
@@ -579,57 +543,60 @@ PAGE = """<!doctype html>
 <style>
   :root { color-scheme: dark }
   body { margin: 24px; background: #0d0f16; color: #9aa2bd; font: 14px/1.5 system-ui, sans-serif }
-  header { display: flex; gap: 16px; align-items: center; padding: 10px 0; background: #0d0f16 }
-  header { position: sticky; top: 0; z-index: 1 }
-  button { flex: none; width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; color: #fff }
-  button { font-size: 18px }
+  header { position: sticky; top: 0; z-index: 1; display: flex; gap: 16px; align-items: center;
+    padding: 10px 0; background: inherit }
+  button { flex: none; width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; font-size: 18px }
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); gap: 16px }
   section { min-width: 0; padding: 12px; border: 1px solid #232838; border-radius: 14px }
-  .current { border-color: #f0608e }
   .roll { position: relative; overflow-x: auto; background: #141722; cursor: pointer }
-  svg { display: block; min-width: 100%; height: 264px }  /* 88 keys of 3 pixels; the stripes are the black ones */
-  svg { background: linear-gradient(#0000 6px, #0d0f16 0 9px, #0000 0 12px, #0d0f16 0 15px, #0000 0 18px,
-    #0d0f16 0 21px, #0000 0 27px, #0d0f16 0 30px, #0000 0 33px, #0d0f16 0 36px) 0 0 / 1px 36px }
+  svg { display: block; min-width: 100%; height: 264px; /* 88 keys of 3 pixels; the stripes are the black ones */
+    background: linear-gradient(#0000 6px, #0d0f16 0 9px, #0000 0 12px, #0d0f16 0 15px, #0000 0 18px,
+      #0d0f16 0 21px, #0000 0 27px, #0d0f16 0 30px, #0000 0 33px, #0d0f16 0 36px) 0 0 / 1px 36px }
+  .current { border-color: #f0608e }
   .current .now { position: absolute; top: 0; left: -1px; width: 2px; height: 264px; background: #fff }
   b, a { color: #fff }
 </style>
-<header><button title="space bar">&#9654;</button><span>Space bar: play and pause. A click on a piece plays from there.
+<header><button title="space bar">▶</button><span>Space bar: play and pause. A click on a piece plays from there.
   Colour is loudness, the shaded part the prompt. In brackets: the same figure of held-out pieces.</span></header>
-<main><!--PIECES--></main>
+<main></main>
 <script>
-const button = document.querySelector("button"), sections = [...document.querySelectorAll("section")];
+const button = document.querySelector("button"), sections = PIECES.map(show);
 let current = sections[0], audio, output, tones, startedAt, next;  // next: the first note that has not been struck yet
-current.classList.add("current");
+current.className = "current";
 const time = () => audio ? Math.max(0, audio.currentTime - startedAt) : 0;
 
-for (const section of sections) {
-  const numbers = ["x", "width", "y", "data-velocity"];
-  section.notes = [...section.querySelectorAll(".note")].map(note => numbers.map(name => +note.getAttribute(name)));
-  section.svg = section.querySelector("svg");
-  section.end = section.svg.viewBox.baseVal.width;                 // in seconds
-  section.svg.onclick = event => play(section, event.offsetX / section.svg.clientWidth * section.end);
+function show({name, end, given, notes, figures}) {                // a note: start, length (seconds), pitch, velocity
+  const rects = notes.map(([start, length, pitch, velocity]) => `<rect class="note" x="${start}" width="${length}"
+    y="${108 - pitch}" height="1" fill="hsl(${190 + 1.3 * velocity} 85% ${46 + velocity / 6}%)"/>`);
+  const section = document.createElement("section");
+  section.innerHTML = `<div class="roll"><svg viewBox="0 0 ${end} 88" width="${40 * end}" preserveAspectRatio="none">
+    <rect class="prompt" width="${given ? notes[given][0] : 0}" height="88" fill="#fff2"/>${rects.join("")}</svg>
+    <div class="now"></div></div><b>${name}</b>, ${end.toFixed()} s, <a href="${name}.mid">.mid</a>, ${figures}`;
+  const svg = section.querySelector("svg");
+  svg.onclick = event => play(section, event.offsetX / svg.clientWidth * end);
+  document.querySelector("main").append(section);
+  return Object.assign(section, {notes, end, svg});
 }
 
 function play(section, from) {
   audio?.close();                                                  // silences all that was to sound
   audio = new AudioContext();
-  audio.onstatechange = () => button.textContent = audio.state == "running" ? "\\u275a\\u275a" : "\\u25b6";
+  audio.onstatechange = () => button.textContent = audio.state == "running" ? "❚❚" : "▶";
   output = new DynamicsCompressorNode(audio);
   output.connect(audio.destination);
   tones = [2.2, 1.9, 1.6, 1.3].map(steep => {                      // the louder, the more of the upper partials
-    const partials = Float32Array.from({length: 16}, (_, k) => k && Math.abs(Math.sin(k / 2.64)) / k ** steep);
-    return audio.createPeriodicWave(new Float32Array(16), partials);
+    const imag = Float32Array.from({length: 16}, (_, k) => k && Math.abs(Math.sin(k / 2.64)) / k ** steep);
+    return new PeriodicWave(audio, {imag});
   });
-  current.classList.remove("current");
+  current.className = "";
   current = section;
-  current.classList.add("current");
+  current.className = "current";
   startedAt = 0.1 - from;
   next = section.notes.filter(([start]) => start < from).length;
 }
 
-function strike([start, length, y, velocity]) {
-  const pitch = 108 - y, frequency = 440 * 2 ** ((pitch - 69) / 12);
-  const begin = Math.max(audio.currentTime, startedAt + start);
+function strike([start, length, pitch, velocity]) {
+  const frequency = 440 * 2 ** ((pitch - 69) / 12), begin = Math.max(audio.currentTime, startedAt + start);
   const loud = 0.3 * (velocity / 127) ** 1.6, ring = 1.6 * 2 ** ((60 - pitch) / 24);
   const string = new OscillatorNode(audio, {frequency, periodicWave: tones[velocity >> 5]});
   const volume = new GainNode(audio, {gain: 0});
@@ -646,14 +613,10 @@ function strike([start, length, y, velocity]) {
 setInterval(() => {                                                // strikes ahead: timers of a hidden page are slow
   while (audio && next < current.notes.length && current.notes[next][0] < time() + 1.5) strike(current.notes[next++]);
   if (time() > current.end + 1) audio.suspend();
-}, 50);
-
-function frame() {
-  const roll = current.svg.parentElement, x = time() / current.end * current.svg.clientWidth;
-  roll.lastElementChild.style.transform = `translateX(${x}px)`;
+  const roll = current.firstChild, x = time() / current.end * current.svg.clientWidth;
+  roll.lastChild.style.transform = `translateX(${x}px)`;
   if (audio?.state == "running") roll.scrollLeft = x - roll.clientWidth / 4;
-  requestAnimationFrame(frame);
-}
+}, 16);
 
 button.onclick = () => {
   if (!audio || time() > current.end) play(current, 0);
@@ -661,31 +624,19 @@ button.onclick = () => {
   else audio.resume();
 };
 onkeydown = event => { if (event.code == "Space") { event.preventDefault(); button.onclick(); } };
-frame();
 </script>
 """
 
 
 def write_page(path, pieces, figures):
-    """The page with all pieces on it, as SVG: x in seconds, a row per key."""
-    sections = []
+    """The page with all pieces on it."""
+    data = []
     for piece, line in zip(pieces, figures):
-        end = (piece.notes["time"] + piece.notes["duration"]).max()
-        prompt_end = piece.notes["time"][piece.given] if piece.given else 0
-        bars = [
-            f'<rect class="note" x="{time:.3f}" y="{108 - pitch}" width="{duration:.3f}" height="1" '
-            f'data-velocity="{velocity}" fill="hsl({190 + 1.3 * velocity:.0f} 85% {46 + velocity / 6:.0f}%)"/>'
-            for time, duration, pitch, velocity in zip(*piece.notes.values())
-        ]
-        sections.append(
-            '<section><div class="roll">'
-            f'<svg viewBox="0 0 {end:.3f} 88" width="{40 * end:.0f}" preserveAspectRatio="none">'
-            f'<rect class="prompt" width="{prompt_end:.3f}" height="88" fill="#fff2"/>{"".join(bars)}</svg>'
-            f'<div class="now"></div></div><b>{piece.name}</b>, {end:.0f} s, <a href="{piece.stem}.mid">.mid</a>, '
-            f"{line}</section>"
-        )
+        end = float((piece.notes["time"] + piece.notes["duration"]).max())
+        notes = np.stack([*piece.notes.values()], axis=1).astype(float).round(3).tolist()
+        data.append({"name": piece.name, "end": end, "given": piece.given, "notes": notes, "figures": line})
     with whole(path) as file:
-        file.write(PAGE.replace("<!--PIECES-->", "\n".join(sections)).encode())
+        file.write(PAGE.replace("PIECES", json.dumps(data)).encode())
 
 
 # ---------------------------------------------------------------- the steps, in order
@@ -699,10 +650,6 @@ class Piece(NamedTuple):
     notes: dict
     given: int  # how many of its first notes are the prompt's
 
-    @property
-    def stem(self):
-        return self.name.replace(", ", "_").replace(" ", "")
-
 
 def load_run(folder):
     """The model, in numpy's arrays, its tokenizer, and what the checkpoint says of itself."""
@@ -714,7 +661,7 @@ def load_run(folder):
     tokenizer = midi_tokenize.load_tokenizer(folder / "tokenizer.json")
     model = trees["model"]
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    if facts.get("tokenizer_sha256", digest) != digest:
+    if facts.get("tokenizer_sha256") != digest:
         raise ValueError(f"{folder}: tokenizer.json is not the one that the model was trained with")
     if len(tokenizer) != model.cfg.vocab_size:
         raise ValueError(f"{folder}: tokenizer.json has {len(tokenizer)} tokens, the model {model.cfg.vocab_size}")
@@ -724,24 +671,24 @@ def load_run(folder):
         print(f"{path} has not been trained: expect noise")
     flags = facts.get("flags")
     precision = "bfloat16" if isinstance(flags, dict) and flags.get("precision") == "bfloat16" else "float32"
-    return model, tokenizer, facts | {"tokenizer_sha256": digest, "precision": precision}
+    return model, tokenizer, facts | {"precision": precision}
 
 
 def compose(args, model, precision, tokenizer, prompt, grammar):
     """The whole grid of seeds and temperatures: those Pieces that have new notes, and the tokens per second."""
     onsets = notes_of(to_score(prompt, tokenizer))["time"] if prompt else np.zeros(1)  # of the prompt, in seconds
     limit = onsets[-1] + (args.seconds or math.inf)
-    is_enough = lambda ids: tokenizer.decode([ids]).to("second").end() > limit
+    is_enough = lambda ids: tokenizer.decode([ids]).to("second").clip(limit, math.inf).note_num() > 0
     seeds = range(args.num_samples) if args.num_samples else args.seeds
     grid = list(dict.fromkeys((seed, temperature) for seed in seeds for temperature in args.temperatures))
     model = to_device(model, precision, len(grid))
     all_ids, tokens_per_second = generate(
         model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
-        (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None, progress=True,
+        (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None,
     )  # fmt: skip
     pieces = []
     for (seed, temperature), ids in zip(grid, all_ids):
-        name = f"seed {seed}, temperature {temperature}"
+        name = f"seed{seed}_temperature{temperature}"
         given = len(onsets) if prompt and not args.only_generated else 0
         try:
             score = to_score(ids[len(prompt) if args.only_generated else 0 :], tokenizer)
@@ -759,7 +706,7 @@ def write(args, pieces, figures):
     page, paths = args.out / "index.html", []
     for piece, line in zip(pieces, figures):
         print(f"{piece.name}: {line}")
-        paths.append(args.out / f"{piece.stem}.mid")
+        paths.append(args.out / f"{piece.name}.mid")
         with whole(paths[-1]) as file:
             file.write(pedal_to_controls(piece.score).dumps_midi())
         if args.wav:
