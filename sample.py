@@ -6,8 +6,9 @@
     python sample.py --chords "Dm7 G7 C:4" --scale_lock "C major"      # go on from chords, on white keys only
 
 OUT receives index.html (open it: no network needed), a .mid file per piece, and .wav files with --wav.
-Names end in their shape: B pieces, T tokens of a window, N tokens of a piece, V vocabulary, K kinds of token.
 """
+
+# Names end in their shape: B pieces, T tokens of a window, N tokens of a piece, V vocabulary, K kinds of token.
 
 import argparse
 import functools
@@ -92,7 +93,8 @@ def parse_flags():
     flag("--top_k", type=number(int, 0, 10**6), default=0, metavar="K", help="only the K likeliest tokens (0: all)")
     flag("--top_p", type=number(float, 1e-6, 1), default=1.0, metavar="P", help="only the likeliest that sum to P (1)")
     flag("--min_p", type=number(float, 0, 1), default=0.0, metavar="P", help="none under P x the likeliest (0)")
-    flag("--max_tokens", type=count, default=1000, help="of new music, at the most (default: 1000)")
+    flag("--max_tokens", type=count, default=2000, help="of new music, at the most (default: 2000)")
+    flag("--min_tokens", type=number(int, 0, 10**6), default=100, metavar="N", help="before a piece may end (100)")
     flag("--seconds", type=seconds, help="of new music, at the most")
     flag("--window_drop", type=count, metavar="N", help="tokens forgotten when the context is full "
         "(default: half of it; with rotary positions always 1)")  # fmt: skip
@@ -112,10 +114,10 @@ def parse_flags():
 
 def parse_pitch(name):
     """ "C4" -> 60, "F#5" -> 78, "Bb" -> 58: without a number, the octave below middle C"""
-    match = re.fullmatch(r"([A-G])([#b]?)([0-8]?)", name)
+    match = re.fullmatch(r"([A-Ga-g])([#b]?)([0-8]?)", name)
     if match:
         letter, accidental, octave = match.groups()
-        pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter) + {"#": 1, "b": -1, "": 0}[accidental]
+        pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter.upper()) + {"#": 1, "b": -1, "": 0}[accidental]
     if not match or not 21 <= pitch <= 108:
         raise ValueError(f"{name!r} is not a note from A0 to C8; write C4, F#5, Bb3 or [C4,E4], without spaces")
     return pitch
@@ -123,7 +125,7 @@ def parse_pitch(name):
 
 def parse_chord(name):
     """ "Dm7" -> [50, 53, 57, 60]"""
-    root, kind = re.fullmatch(r"([A-G]?[#b]?)(.*)", name).groups()
+    root, kind = re.fullmatch(r"([A-Ga-g]?[#b]?)(.*)", name).groups()
     if kind not in CHORDS:
         raise ValueError(f"{name!r} is not a chord; kinds: C{' C'.join(CHORDS)}")
     return [parse_pitch(root) + interval for interval in CHORD_MAPS[CHORDS[kind]]]
@@ -138,19 +140,20 @@ def parse_scale(text):
     """ "D minor" -> [62, 64, 65, ...]: one octave, from the D above middle C"""
     root, _, kind = text.lower().partition(" ")
     if kind not in SCALES:
-        raise ValueError(f"{text!r} is not a scale; write a note and one of: {' '.join(SCALES)}")
-    return [parse_pitch(root.capitalize()) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
+        raise ValueError(f"{text!r} is not a scale; write, for example, D minor; kinds: {' '.join(SCALES)}")
+    return [parse_pitch(root) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
 
 def text_to_score(args):
     """--chords, --motif and --scale as a Score, sounding together where several are given."""
     score, track = Score(480), Track()
     score.tempos.append(Tempo(0, args.bpm))
+    chords, motif = (args.chords or "").replace(",", " "), args.motif or ""
     scale = " ".join(map(str, parse_scale(args.scale))) if args.scale else ""
-    voices = (args.chords, parse_chord, 2), (args.motif, parse_motif, 1), (scale, lambda pitch: [int(pitch)], 0.5)
+    voices = (chords, parse_chord, 2), (motif, parse_motif, 1), (scale, lambda pitch: [int(pitch)], 0.5)
     for text, parse, usual in voices:
         now = 0
-        for word in (text or "").split():
+        for word in text.split():
             name, _, length = word.partition(":")
             beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
             if not 0.01 <= beats <= 64:
@@ -345,14 +348,15 @@ def read_window(model, tokens_BT, cache):
 # without fast math, which leaves the order of a sum open, jax 0.12 adds up products with bfloat16 one by one
 @functools.partial(jax.jit, donate_argnames="music", static_argnames="filters",
                    compiler_options={"xla_cpu_enable_fast_math": True})  # fmt: skip
-def continue_music(model, grammar, music, steps, keys_B, temperature_B, filters, eos):
+def continue_music(model, grammar, music, steps, keys_B, temperature_B, filters, eos, may_end):
     """Add `steps` tokens to all pieces. What a row draws depends on its seed and its length alone."""
 
     def add_token(_, music):
         tokens_BN, length, begin, cache, state_B3 = music
         last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
         logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
-        logits_BV = jnp.where(grammar.allows(state_B3), logits_B1V[:, 0], -jnp.inf)
+        allowed_BV = grammar.allows(state_B3) & ((jnp.arange(model.cfg.vocab_size) != eos) | (length >= may_end))
+        logits_BV = jnp.where(allowed_BV, logits_B1V[:, 0], -jnp.inf)
         draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
         token_B = jnp.where(last_B1[:, 0] == eos, eos, pick(logits_BV, draw_keys_B, temperature_B, filters))
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
@@ -361,8 +365,8 @@ def continue_music(model, grammar, music, steps, keys_B, temperature_B, filters,
     return jax.lax.fori_loop(0, steps, add_token, music)
 
 
-def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filters=(0, 1.0, 0.0), window_drop=None,
-             is_enough=None):  # fmt: skip
+def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, min_tokens=0, filters=(0, 1.0, 0.0),
+             window_drop=None, is_enough=None):  # fmt: skip
     """Continue `prompt` (ids, BOS first) for each seed and temperature; returns lists of ids and tokens per second.
 
     The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are forgotten, and the
@@ -383,7 +387,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, filte
     cache, state_B3 = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), (cache, grammar.after(prompt)[None]))
     music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state_B3)
     keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
-    fixed = keys_B, np.array(temperatures, np.float32), filters, eos
+    fixed = keys_B, np.array(temperatures, np.float32), filters, eos, length + min_tokens
 
     music = continue_music(model, grammar, music, 0, *fixed)  # compiles
     started = time.perf_counter()
@@ -557,7 +561,8 @@ PAGE = """<!doctype html>
   b, a { color: #fff }
 </style>
 <header><button title="space bar">▶</button><span>Space bar: play and pause. A click on a piece plays from there.
-  Colour is loudness, the shaded part the prompt. In brackets: the same figure of held-out pieces.</span></header>
+  Colour is loudness, the shaded part the prompt. Longest copy: the most successive notes that also stand in the
+  training music, in any key. In brackets: the same figure of held-out pieces.</span></header>
 <main></main>
 <script>
 const button = document.querySelector("button"), sections = PIECES.map(show);
@@ -684,7 +689,7 @@ def compose(args, model, precision, tokenizer, prompt, grammar):
     model = to_device(model, precision, len(grid))
     all_ids, tokens_per_second = generate(
         model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
-        (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None,
+        args.min_tokens, (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None,
     )  # fmt: skip
     pieces = []
     for (seed, temperature), ids in zip(grid, all_ids):

@@ -5,9 +5,9 @@
     python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an archive's URL
     python tokenize.py asap.zip --out data/asap --report      and show what the tokens lose
     python tokenize.py ~/mine --tokenizer run/tokenizer.json  with the tokens of a run, to fine-tune it
-
-A file becomes tokens in three steps, read_midi -> prepare -> encode; sample.py reads its prompts with them.
 """
+
+# A file becomes tokens in three steps, read_midi -> prepare -> encode. sample.py reads its prompts with them.
 
 if __name__ == "tokenize":  # somebody's `import tokenize` found this file: be the standard library's module
     import os
@@ -303,8 +303,10 @@ def fetch(source, work):
         archive = Path(source) if os.path.isfile(source) else download(address, work)
         return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
-        reason, again = " ".join(str(error).split()), "; run again" if "://" in address else ""
-        raise Refused(f"{source}: neither MIDI nor a whole .zip or .tar.gz ({reason}){again}") from error
+        reason = " ".join(str(error).split())
+        if "://" in address:
+            raise Refused(f"{source}: no whole .zip or .tar.gz came from there ({reason}); run again") from error
+        raise Refused(f"{source}: neither MIDI nor a whole .zip or .tar.gz ({reason})") from error
 
 
 def download(address, folder):
@@ -568,10 +570,7 @@ def main(args):
     takes = split(takes, args.val_fraction, args.split_by, args.seed)
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
     if not train or not val:
-        raise Refused(f"{len(takes)} readable files are not two pieces, one to train on, one to hold out")
-    share = sum(take.notes for take in val) / sum(take.notes for take in takes)
-    if share > 2 * args.val_fraction and args.split_by == "piece":
-        print(f"{share:.0%} of the notes are held out, because a folder is one piece; --split_by file counts files")
+        raise Refused(f"two pieces are needed, one to train on, one to hold out; readable files: {len(takes)}")
 
     base = np.memmap(work / "base.bin", np.uint16, "r")
     if args.tokenizer:
