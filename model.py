@@ -82,10 +82,7 @@ def splash_attention(q_BHTK, k_BHTK, v_BHTK):
 
     H, T, K = q_BHTK.shape[1:]
     block = next(size for size in (1024, 512, 256, 128) if T % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
-    )  # fmt: skip
+    sizes = splash.BlockSizes(block, block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
     if jax.__version_info__ < (0, 7, 2):  # its kernel wants whole registers

@@ -1403,6 +1403,7 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
     assert "--context 5000" in say("--data", markov, "--context", 5000)
     assert "multiple of twice --heads 5" in say("--data", markov, "--heads", 5)
     assert "this device, --precision and shape allow xla" in say("--data", markov, "--attention", "cudnn")
+    assert "leave out one of them" in say("--data", markov, "--resume", "--init_from", trained / "best.ckpt")
     assert "--layers 0" in say("--data", markov, "--layers", 0)
     assert "--steps: invalid int value" in say("--data", markov, "--steps", "x")
     assert "7 does not divide over 1 devices x --accumulate 2; the nearest that does is 8" in say(
@@ -1419,27 +1420,23 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
     assert "holds other music by now" in mistake(capsys, "--run", trained, "--resume", "--data", other)
     with np.load(trained / "best.ckpt") as file, open(tmp_path / "foreign.ckpt", "wb") as foreign:
         np.savez(foreign, **{**file, "meta": "{}"})
-    assert "not a checkpoint of train.py (KeyError('config'))" in say("--init_from", tmp_path / "foreign.ckpt")
+    assert "no checkpoint of train.py to start from: KeyError('flags')" in say("--init_from", tmp_path / "foreign.ckpt")
     assert "not a usable checkpoint" in say("--init_from", markov / "meta.json")
     for name, value in (("dim", 64), ("layers", 1), ("heads", 4)):  # fewer layers would fit into the file
         assert f"--{name} {value}: {trained}/last.ckpt was made with" in mistake(
             capsys, "--run", trained, "--resume", f"--{name}", value
         )
     assert "--rotary True" in say("--data", markov, "--init_from", trained / "best.ckpt", "--rotary")
-    assert "leave out --recipe" in say("--data", markov, "--init_from", trained / "best.ckpt", "--recipe", "modern")
-    assert "--size, --recipe" in mistake(capsys, "--run", trained, "--resume", "--recipe", "modern")
+    assert "--recipe modern" in mistake(capsys, "--run", trained, "--resume", "--recipe", "modern")
     assert "--optimizer muon" in mistake(capsys, "--run", trained, "--resume", "--optimizer", "muon")
     for name in ("learning_rate", "weight_decay", "grad_clip", "bos_share", "max_hours", "dropout"):
         assert f"--{name} nan: must be from" in say("--data", markov, f"--{name}", "nan")
-    assert "a file; name another folder" in say("--data", markov, "--run", markov / "meta.json")
+    assert "File exists" in say("--data", markov, "--run", markov / "meta.json")
     assert "Not a directory" in say("--data", markov, "--run", markov / "meta.json/run")
     assert "--seed" in say("--data", markov, "--seed", 2**32)
-    assert "no music" in say(
-        "--data", broken("silent", val={**json.loads((markov / "meta.json").read_text())["val"], "notes": 0})
-    )
     no_gpu = RuntimeError("Unable to initialize backend 'gpu'\nand so on")
     monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=no_gpu))
-    assert "JAX finds no such device (Unable to initialize backend 'gpu')" in say("--data", markov)
+    assert "Unable to initialize backend 'gpu'; JAX finds no such device" in say("--data", markov)
     assert not (tmp_path / "run").exists()
 
 
@@ -1448,7 +1445,7 @@ def test_what_a_checkpoint_says_is_checked_like_flags(trained, tmp_path, capsys)
     with np.load(run / "last.ckpt") as file:
         arrays = dict(file)
     meta = json.loads(str(arrays.pop("meta")))
-    changes = [{"step": "soon"}, {"best": None}, {"config": 7}, {"tokenizer_sha256": 5}, {"flags": None}]
+    changes = [{"step": "soon"}, {"best": None}, {"tokenizer_sha256": 5}, {"flags": None}]
     changes += [{"step": -5}, {"rows": "abc"}, {"rows": [{"age": 1}]}]
     changes += [
         {"flags": meta["flags"] | flag} for flag in ({"steps": [1]}, {"precision": "float64"}, {"weight_decay": -4})
@@ -1459,16 +1456,14 @@ def test_what_a_checkpoint_says_is_checked_like_flags(trained, tmp_path, capsys)
         mistake(capsys, "--run", run, "--resume")
 
 
-def test_overwriting_destroys_nothing_before_the_first_step(markov, trained, tmp_path, monkeypatch):
-    run = shutil.copytree(trained, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    monkeypatch.setattr(train, "token_losses", lambda *_: 1 / 0)  # a fault while the step is compiled
-    with pytest.raises(ZeroDivisionError):
-        run_train("--data", markov, "--run", run, "--steps", 3, "--overwrite")
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    monkeypatch.undo()
-    run_train("--data", markov, "--run", run, "--steps", 3, "--overwrite")
-    assert list(log_of(run, "train_loss")) == [1, 2, 3]
+def test_weights_that_other_music_surprises_have_not_diverged(markov, trained, tmp_path):
+    """Fine-tuning may begin far above a blind guess: only what gets worse from there has diverged."""
+    like = lambda facts: {"model": model.Decoder(model.Config(**facts["config"]), jax.random.key(0))}
+    tree, facts = model.load(trained / "best.ckpt", like)
+    far_off = eqx.tree_at(lambda tree: tree["model"].head_bias_V, tree, replace_fn=lambda bias: 20 * np.sign(bias))
+    model.save(tmp_path / "far_off.ckpt", far_off, **facts)
+    run_train("--data", markov, "--run", tmp_path / "run", "--init_from", tmp_path / "far_off.ckpt", "--steps", 2)
+    assert log_of(tmp_path / "run", "train_loss")[1] > math.log(facts["config"]["vocab_size"]) + 1
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(markov, tmp_path):
@@ -1513,7 +1508,8 @@ def bench_train(turns=4):
     for _ in range(turns):
         speeds = []
         for side in ("torch_training_speed", "our_training_speed"):
-            environment = os.environ | (train.HUGE_PAGES if side.startswith("our") else {})  # as train.py does
+            # as train.py does
+            environment = os.environ | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if side.startswith("our") else {})
             said = subprocess.run([sys.executable, __file__, side], env=environment, text=True, stdout=subprocess.PIPE)
             speeds.append(float(said.stdout.split()[-1]))
         ratios.append(speeds[1] / speeds[0])
@@ -1530,7 +1526,7 @@ def our_training_speed():
     args, devices = train.read_flags(flags.split())
     optimizer, _ = train.make_optimizer(args)
     train_step = train.make_train_step(args, train.Mesh(devices, ("data",)), optimizer)
-    state = train.fresh_state(model.Config(V, D, H, L, T, 0.1), 0, optimizer)
+    state = train.fresh_state(args, V, optimizer)
     assert model.parameter_count(state["model"]) == 6_966_784
     tokens = np.random.default_rng(0).integers(0, V, (1, B, T + 1), dtype=np.int32)
 

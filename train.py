@@ -5,19 +5,18 @@
     python train.py --resume                            # go on after a kill, with the run's own flags
     python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-4      # fine-tune
     python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
-
-Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary.
 """
+
+# Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary.
 
 import os
 import sys
 
-# XLA allocates what a step needs anew at each step. In huge pages, a step on CPU takes a sixth less time; but glibc reads
-# that setting only when a program starts, so a plain `python train.py` on Linux starts once more.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# XLA allocates what a step needs anew at each step. In huge pages, a step on CPU takes a sixth less time, but glibc
+# reads that setting only when a program starts: so a plain `python train.py` on Linux (no notebook) starts once more.
 if __name__ == "__main__" and sys.platform == "linux" and sys.argv == sys.orig_argv[1:]:
     if "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, os.environ | HUGE_PAGES)
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
 
 import argparse
 import contextlib
@@ -63,13 +62,12 @@ GPUS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "RTX 3090": 71, "RTX 4
 COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
            "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
 # flags that a checkpoint does not keep
-THIS_LAUNCH = ["run", "overwrite", "resume", "init_from", "max_hours", "multihost", "compile_for", "attention"]
+THIS_LAUNCH = ["run", "resume", "init_from", "max_hours", "multihost", "compile_for", "attention"]
 DIVERGED = """
-The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. {run} keeps the
-last good checkpoints. Try a lower --learning_rate, a longer --warmup (now {warmup}) or --precision float32."""
-MODEL_FLAGS = dict(
-    dim="width of the residual stream", heads="attention heads", layers="blocks",
-    context="most tokens seen at once", dropout="share of the activations that training zeroes",
+The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. Checkpoints in
+{run} are from before. Try a lower --learning_rate, a longer --warmup (now {warmup}) or --precision float32."""
+NETWORK = dict(  # flags that a checkpoint decides
+    dim="width of the residual stream", heads="attention heads", layers="blocks", context="most tokens seen at once",
     rotary="turn queries and keys by their position, instead of learned positions",
     qk_norm="queries and keys of length 1", tied="one matrix for the token embedding and the head",
 )  # fmt: skip
@@ -88,12 +86,12 @@ def as_flags(values):
 def make_parser():
     style = argparse.RawDescriptionHelpFormatter
     sets = "\n".join(f"  {name:8s} {' '.join(as_flags(values))}" for name, values in (SIZES | RECIPES).items())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS,
-                                     epilog=f"what sizes and recipes set, where you don't:\n{sets}", allow_abbrev=False)  # fmt: skip
+    sets = f"what sizes and recipes set, where you don't:\n{sets}"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS, epilog=sets,
+                                     allow_abbrev=False)  # fmt: skip
     add = parser.add_argument_group("what and where").add_argument
     add("--data", default="data", help="folder written by tokenize.py")
     add("--run", default="run", help="folder for checkpoints, log.csv and loss.png")
-    add("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add("--resume", action="store_true", help="go on from RUN/last.ckpt with its flags; flags given here win")
     add("--init_from", metavar="CKPT", help="start from these weights (fine-tuning)")
     add("--seed", type=int, default=0)
@@ -101,10 +99,11 @@ def make_parser():
 
     add = parser.add_argument_group("model (the size sets what you don't)").add_argument
     add("--size", choices=SIZES, help="default: tiny on CPU, base on GPU and TPU")
-    for name, meaning in MODEL_FLAGS.items():
-        reference = getattr(Config, name)
-        kind = {"action": argparse.BooleanOptionalAction} if reference is False else {"type": type(reference)}
-        add(f"--{name}", **kind, default=reference, help=meaning)
+    for name, meaning in NETWORK.items():
+        default = getattr(Config, name)
+        kind = {"action": argparse.BooleanOptionalAction} if default is False else {"type": type(default)}
+        add(f"--{name}", **kind, default=default, help=meaning)
+    add("--dropout", type=float, help="share of the activations that training zeroes")
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="original: TchAIkovsky's; modern: Muon, rotary, QK-norm, no dropout")
@@ -121,7 +120,7 @@ def make_parser():
     add("--precision", choices=["float32", "bfloat16"], help="of the computation; default: bfloat16 on GPU and TPU")
     add("--log_every", type=int, default=20, help="steps (20)")
     add("--eval_every", type=int, help="steps; default: ten times a run")
-    add("--save_every", type=int, help="steps; default: at every evaluation")
+    add("--save_every", type=int, help="steps; in any case at every evaluation")
     add("--max_hours", type=float, default=float("inf"), help="save and stop before this much time has passed")
 
     add = parser.add_argument_group("machines").add_argument
@@ -138,35 +137,29 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def reading(checkpoint):
-    """A checkpoint that lacks or distorts what train.py keeps in it is a user's mistake, too."""
+def blaming(what, advice=""):
+    """Whatever fails in here is a user's mistake, too."""
     try:
         yield
-    except ValueError as error:
-        fail(error)
-    except (KeyError, TypeError, AttributeError) as error:
-        fail(f"{checkpoint}: not a checkpoint of train.py ({error!r})")
+    except Exception as error:
+        says_why = isinstance(error, (OSError, RuntimeError, ValueError)) and str(error)
+        fail(f"{what}: {str(error).splitlines()[0] if says_why else repr(error)}{advice}")
 
 
 def read_flags(argv):
     """Flags given win over those of the checkpoint, these over the size's. Returns them and the devices to run on."""
     parser = make_parser()
     args = parser.parse_args(argv)  # for the flags that set the defaults of others
+    if args.resume and args.init_from:
+        fail("--resume goes on from RUN/last.ckpt, --init_from from another checkpoint: leave out one of them")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        fail("--wandb: pip install wandb")
     if args.multihost is not None:
-        try:
+        with blaming(f"--multihost {args.multihost}"):
             address, *numbers = args.multihost.split(",") if args.multihost else [None]
             jax.distributed.initialize(address, *map(int, numbers))
-        except (ValueError, TypeError, RuntimeError) as error:
-            fail(f"--multihost {args.multihost}: {error}")
-    if args.resume and (args.size or args.recipe or args.init_from):
-        fail("--resume goes on with the run's own size, recipe and weights: leave out --size, --recipe and --init_from")
-    if args.init_from and args.recipe:
-        fail("--init_from keeps that model's network: leave out --recipe (--optimizer and --windows may be given)")
-    try:
+    with blaming(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}", "; JAX finds no such device"):
         devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
-    except (RuntimeError, AssertionError) as error:  # jax asserts that a plug-in for GPUs is installed
-        reason = str(error).partition("\n")[0] or "none is installed"
-        fail(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such device ({reason})")
 
     platform = devices[0].platform
     size, recipe = args.size or ("tiny" if platform == "cpu" else "base"), args.recipe or "default"
@@ -174,22 +167,23 @@ def read_flags(argv):
     defaults["precision"] = "bfloat16" if platform == "tpu" or is_ampere(devices[0]) else "float32"
     if (args.optimizer or defaults["optimizer"]) == "muon":
         defaults["learning_rate"] *= 2  # learns faster, at the size that the README compares
-    source, kept = f"{args.run}/last.ckpt" if args.resume else args.init_from, {}
-    with reading(source):
-        if source:
-            saved = load(source)[1]
-            kept = {name: saved["config"][name] for name in MODEL_FLAGS}
-            defaults |= kept | {"init_from": source}
-            del kept["dropout"]  # may change
-        if args.resume:
-            kept["optimizer"] = saved["flags"]["optimizer"]
-            defaults |= {name: value for name, value in saved["flags"].items() if name in vars(args)}
+    steps = args.steps or defaults["steps"]
+    defaults |= dict(warmup=min(steps // 10, 1000), eval_every=max(1, steps // 10), save_every=steps)
+    source = f"{args.run}/last.ckpt" if args.resume else args.init_from
+    decided = {}  # by the checkpoint
+    if source:
+        with blaming("no checkpoint of train.py to start from"):
+            saved = load(source)[1]["flags"]
+            names = [*NETWORK, "size", "recipe", "optimizer"] if args.resume else NETWORK
+            decided = {name: saved[name] for name in names}
+        defaults |= saved if args.resume else decided
     # as if they were typed first, so that they are checked too and what was really typed wins
     args = parser.parse_args(as_flags(defaults) + argv)
-    for name, value in kept.items():
+    args.init_from = source
+    for name, value in decided.items():
         if getattr(args, name) != value:
             fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
-    complete(args, devices)
+    check(args, devices)
     return args, devices
 
 
@@ -198,17 +192,12 @@ def is_ampere(device):
     return re.fullmatch(r"([89]|\d\d)\.\d", str(getattr(device, "compute_capability", ""))) is not None
 
 
-def complete(args, devices):
-    """Set the flags whose defaults depend on others, and refuse what cannot be."""
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        fail("--wandb: pip install wandb")
-    args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
-    args.eval_every = max(1, args.steps // 10) if args.eval_every is None else args.eval_every
-    args.save_every = args.eval_every if args.save_every is None else args.save_every
+def check(args, devices):
+    """Refuse what cannot be, and choose the kernel for attention."""
     limits = {name: (1, 2**32) for name, value in vars(args).items() if type(value) is int}
-    limits |= dict(seed=(0, 2**32 - 1), dim=(2, 2**16), context=(2, 2**32), warmup=(0, 2**32), max_hours=(0, np.inf))
-    limits |= dict(learning_rate=(0, 1e6), weight_decay=(0, 1e6), grad_clip=(1e-9, np.inf))
-    limits |= dict(bos_share=(0, 1), dropout=(0, 0.99))
+    limits |= {name: (0, np.inf) for name, value in vars(args).items() if type(value) is float}
+    limits |= dict(seed=(0, 2**32 - 1), warmup=(0, 2**32))
+    limits |= dict(dropout=(0, 0.99), bos_share=(0, 1), grad_clip=(1e-9, np.inf))
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             fail(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
@@ -247,7 +236,7 @@ class Data:
 
     def __init__(self, folder, context):
         self.folder, self.tokens, self.starts = Path(folder), {}, {}  # starts: where BOS stands
-        try:
+        with blaming(f"--data {folder}", f"; make it anew: python tokenize.py --out {folder}"):
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
             self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
@@ -256,20 +245,13 @@ class Data:
             for split in ("train", "val"):
                 facts, vocab_size = self.meta[split], self.meta["vocab_size"]
                 tokens = self.tokens[split] = np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
-                starts = self.starts[split] = np.flatnonzero(tokens == self.meta["bos"])
+                self.starts[split] = np.flatnonzero(tokens == self.meta["bos"])
                 if len(tokens) != facts["tokens"]:
                     raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {facts['tokens']}")
                 if len(tokens) <= context:
                     raise ValueError(f"{split}.bin: {len(tokens)} tokens are too few for --context {context}: lower it")
                 if vocab_size not in range(tokens.max() + 1, 2**32):
                     raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
-                if not (len(starts) and facts["notes"] > 0 and facts["seconds"] > 0):
-                    raise ValueError(f"there is no music in {split}")
-        except FileNotFoundError as error:
-            fail(f"--data {folder}: no {error.filename}; make it: python tokenize.py --out {folder}")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            fail(f"--data {folder}: {reason}; to make it anew: python tokenize.py --out {folder}")
 
     def windows(self, split, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
@@ -394,55 +376,50 @@ def evaluate(args, data, mesh, eval_step, model):
 def fresh_or_restored(args, data, mesh, optimizer):
     """The state to train, on every device, and the facts of the run: from scratch, from other weights, or resumed."""
     run, source = Path(args.run), args.init_from
-    shape = {name: getattr(args, name) for name in MODEL_FLAGS}
-    cfg = Config(data.meta["vocab_size"], **shape, attention=args.attention)
-    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "config": dataclasses.asdict(cfg)}
+    state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
+    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": []}
+    facts |= {"config": dataclasses.asdict(state["model"].cfg), "tokenizer_sha256": data.sha256}
+    facts |= {"data": str(data.folder.resolve()), "music": {split: data.meta[split] for split in ("train", "val")}}
     facts["flags"] = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
-    facts |= {"tokenizer_sha256": data.sha256, "data": str(data.folder.resolve())}
-    facts["music"] = {split: data.meta[split] for split in ("train", "val")}
-    state = jax.jit(lambda: fresh_state(cfg, args.seed, optimizer))()
     if source:
-        with reading(source):
+        with blaming("no checkpoint of train.py to start from"):
             saved = load(source)[1]
-            if args.resume and any(saved[name] != facts[name] for name in ("tokenizer_sha256", "music")):
-                fail(f"--resume: {data.folder} holds other music by now; --init_from {source} --run NEW learns it")
             if saved["tokenizer_sha256"] != data.sha256:
                 fail(f"{source}: made with tokenizer {saved['tokenizer_sha256'][:12]}, {data.folder} with "
                      f"{data.sha256[:12]}; tokenize with --tokenizer {Path(source).parent}/tokenizer.json")  # fmt: skip
             if args.resume:
+                if saved["music"] != facts["music"]:
+                    fail(f"--resume: {data.folder} holds other music by now; --init_from {source} --run NEW learns it")
+                # each as what it should be: a damaged checkpoint may hold anything
                 facts |= {name: type(facts[name])(saved[name]) for name in ("step", "seconds", "best", "rows")}
                 if facts["step"] < 0 or not all(row.keys() <= set(COLUMNS) for row in facts["rows"]):
                     raise ValueError(f"{source}: not a log that train.py wrote")
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
 
-    if any(run.glob("*.ckpt")) and not args.resume and not args.overwrite:
-        fail(f"--run {run}: holds a run; go on with --resume, begin again with --overwrite, or name another")
-    if run.is_file() or (run / "meta.json").exists():
-        fail(f"--run {run}: {'a file' if run.is_file() else 'holds data that tokenize.py wrote'}; name another folder")
+    if any(run.glob("*.ckpt")) and not args.resume:
+        fail(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
+    if (run / "meta.json").exists():
+        fail(f"--run {run}: holds data that tokenize.py wrote; name another folder")
     run.mkdir(parents=True, exist_ok=True)
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
 
-def fresh_state(cfg, seed, optimizer):
-    model = Decoder(cfg, jax.random.key(seed))
+def fresh_state(args, vocab_size, optimizer):
+    shape = {name: getattr(args, name) for name in [*NETWORK, "dropout", "attention"]}
+    model = Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
     return {"model": model, "optimizer": optimizer.init(model)}
-
-
-def begin_anew(run, tokenizer):
-    """Replace what an earlier run left: only once a new one has made its first step."""
-    for leftover in ("last.ckpt", "best.ckpt", "log.csv", "loss.png"):
-        (run / leftover).unlink(missing_ok=True)
-    with whole(run / "tokenizer.json") as file:
-        file.write(tokenizer)
 
 
 def record(args, rows):
     """Show the last row, and write all to log.csv and, after an evaluation, to a picture of the loss curve."""
     run, row = Path(args.run), rows[-1]
-    tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
+    brief = lambda value: f"{value:.0f}" if value > 999 else f"{value:.4g}"
+    tqdm.write("  ".join(f"{name} {brief(value)}" for name, value in row.items()))
     if args.wandb:
         import wandb
 
+        if not wandb.run:
+            wandb.init(project="tchaikovsky", dir=run, config=vars(args))
         wandb.log(row, step=row["step"])
     with whole(run / "log.csv", "w") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -495,9 +472,14 @@ def train(args, data, mesh):
     run, first, rows, main_process = Path(args.run), facts["step"], facts["rows"], jax.process_index() == 0
     if main_process:
         introduce(args, data, mesh, state["model"])
+        with whole(run / "tokenizer.json") as file:
+            file.write(data.tokenizer)
         print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.draw(args, first))
+    if first < args.steps:
+        train_step = train_step.lower(state, batch, np.uint32(first)).compile()  # before the clock runs
+    lap_began, lap_first = time.time(), first
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not main_process):
         state, metrics = train_step(state, batch, np.uint32(step))
         done = step + 1
@@ -506,25 +488,19 @@ def train(args, data, mesh):
         saving = evaluating or done % args.save_every == 0
         logging = saving or done % args.log_every == 0
         stopping = stop.wanted(logging)
-        if step == first:  # the compilation shall not count as training
-            jax.block_until_ready(metrics)
-            if main_process and not args.resume:
-                begin_anew(run, data.tokenizer)
-            lap_began, lap_first = time.time(), done
         if not (logging or stopping):
             continue
 
         loss, grad_norm = map(float, metrics)  # waits for the device
         row = {"step": done, "train_loss": loss, "learning_rate": float(schedule(step)), "grad_norm": grad_norm}
-        if done > lap_first:
-            tokens = (done - lap_first) * args.batch_size * args.context
-            row |= throughput(args, mesh, state["model"], tokens / (time.time() - lap_began))
+        tokens = (done - lap_first) * args.batch_size * args.context
+        row |= throughput(args, mesh, state["model"], tokens / (time.time() - lap_began))
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
-        stop_if_diverged(args, row, data.meta["vocab_size"])
+        stop_if_diverged(args, [*rows, row], data.meta["vocab_size"])
         facts |= {"step": done, "seconds": time.time() - began}
         if main_process:
-            rows.append(row | {"seconds": round(facts["seconds"], 1)})
+            rows.append(row | {"seconds": round(facts["seconds"], 1)})  # in facts, too
             record(args, rows)
             if row.get("val_nats_per_note", np.inf) < facts["best"]:
                 facts["best"] = row["val_nats_per_note"]
@@ -540,18 +516,13 @@ def train(args, data, mesh):
 def introduce(args, data, mesh, model):
     """Say what runs on what, and the nats of knowing only how frequent each token is: the first thing to beat."""
     train, val = data.meta["train"], data.meta["val"]
-    parts = np.array_split(data.tokens["train"], train["tokens"] // 10**7 + 1)  # bincount makes an int64 copy
-    counts = sum(np.bincount(part, minlength=data.meta["vocab_size"]) for part in parts)
+    counts = np.bincount(data.tokens["train"][: 10**7], minlength=data.meta["vocab_size"])  # makes an int64 copy
     share = counts[counts > 0] / counts.sum()
     entropy = -(share * np.log(share)).sum()
     kind = mesh.devices.flat[0].device_kind
     print(f"{mesh.size} x {kind}, {args.precision}: --size {args.size}, {parameter_count(model):,} parameters")
     print(f"{train['tokens']:,} tokens, vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
           f"({entropy * val['tokens'] / val['notes']:.3f} per note)")  # fmt: skip
-    if args.wandb:
-        import wandb
-
-        wandb.init(project="tchaikovsky", dir=args.run, config=vars(args))
 
 
 def throughput(args, mesh, model, tokens_per_second):
@@ -561,9 +532,13 @@ def throughput(args, mesh, model, tokens_per_second):
     return {"tokens_per_second": tokens_per_second} | ({"mfu": mfu} if mfu > 0 else {})
 
 
-def stop_if_diverged(args, row, vocab_size):
-    """A nat worse than a blind guess; of held-out music twice that, because overfitting is no divergence."""
-    limit = np.log(vocab_size) + 1
+def stop_if_diverged(args, rows, vocab_size):
+    """A nat worse than a blind guess, or half as bad again as given weights were; of held-out music twice that.
+
+    (Music of another kind may surprise a trained model more than a blind guess, and overfitting is no divergence.)
+    """
+    row, start = rows[-1], rows[0]["train_loss"] if args.init_from else 0
+    limit = max(np.log(vocab_size) + 1, 1.5 * start)
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
     if not (losses_fit and np.isfinite(row["grad_norm"])):
         raise SystemExit(DIVERGED.format(**vars(args) | row))
@@ -585,24 +560,21 @@ def topology_devices(name):
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with blaming(f"--compile_for {name}", "; try v5e:2x4 or v3:2x2x1, and: pip install libtpu"):
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:
-        fail(f"--compile_for {name}: {str(error).splitlines()[0]} (try v5e:2x4 or v3:2x2x1, and: pip install libtpu)")
 
 
 def compile_report(args, mesh):
     """Compile the training step of the reference vocabulary for them: memory, collectives, the largest micro-batch."""
     optimizer, _ = make_optimizer(args)
     train_step = make_train_step(args, mesh, optimizer)
-    cfg = Config(**{name: getattr(args, name) for name in MODEL_FLAGS}, attention=args.attention)
     on_mesh = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-    state = jax.eval_shape(lambda: fresh_state(cfg, 0, optimizer))
+    state = jax.eval_shape(lambda: fresh_state(args, Config.vocab_size, optimizer))
     state = jax.tree.map(lambda leaf: on_mesh(leaf.shape, leaf.dtype, REPLICATED), state)
 
     @functools.cache  # a compilation takes a minute
     def compiled(rows):
-        """With micro-batches of so many windows on each device: its text, and the bytes it takes there."""
+        """The step with micro-batches of so many windows on each device: its text, and the bytes it takes there."""
         tokens = on_mesh((args.accumulate, rows * mesh.size, args.context + 1), np.int32, MICRO_ROWS)
         lowered = train_step.lower(state, tokens, on_mesh((), np.uint32, REPLICATED))
         try:
@@ -610,9 +582,9 @@ def compile_report(args, mesh):
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return "", 0, np.inf
+            return "", np.inf
         sizes = program.memory_analysis()  # the outputs reuse the donated arguments
-        return program.as_text(), sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+        return program.as_text(), sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
 
     rows = args.batch_size // args.accumulate // mesh.size
     device, count = mesh.devices.flat[0], parameter_count(state["model"])
@@ -621,8 +593,8 @@ def compile_report(args, mesh):
     peak_flops, memory, clock = device_limits(device)
     if np.isnan(memory):
         fail(f"--compile_for: {device.device_kind} is not in TPUS, which train.py begins with: add it there")
-    text, constant, temporary = compiled(rows)
-    print(f"memory per device: {(constant + temporary) / 1e9:.2f} GB of {memory / 1e9:.2f}")
+    text, needed = compiled(rows)
+    print(f"memory per device: {needed / 1e9:.2f} GB of {memory / 1e9:.2f}")
     if text:
         collectives = Counter(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text))
         print("collectives:", ", ".join(f"{count} {name}" for name, count in collectives.items()) or "none")
@@ -630,10 +602,10 @@ def compile_report(args, mesh):
         flops = flops_per_token(args, state["model"]) * rows * args.context
         print(f"the compiler's estimate, without Pallas kernels: {1000 * seconds:.1f} ms for a micro-batch and an "
               f"update, {flops / seconds / peak_flops:.0%} of the peak")  # fmt: skip
-    largest = 2 ** int(np.log2(max(1, (memory - constant) / temporary * rows)))  # a guess to start from
-    while largest and sum(compiled(largest)[1:]) > memory:
+    largest = 2 ** int(np.log2(max(1, memory / needed * rows)))  # a guess to start from
+    while largest and compiled(largest)[1] > memory:
         largest //= 2
-    while largest and sum(compiled(2 * largest)[1:]) <= memory:
+    while largest and compiled(2 * largest)[1] <= memory:
         largest *= 2
     print(f"largest micro-batch that fits, of powers of two: {largest} windows per device")
 
@@ -654,6 +626,7 @@ def main(argv):
         fail(f"--run {args.run}: {error}; the checkpoints there are whole")
     if jax.process_index() != 0:
         return
+    print(f"hear it: python sample.py --run {args.run}")
     column = lambda name: [row[name] for row in rows if name in row] or [np.nan]
     per_note, per_token = column("val_nats_per_note")[-1], column("val_nats_per_token")[-1]
     print(f"final: val_nats_per_note={per_note:.4f} val_nats_per_token={per_token:.4f} "
@@ -667,4 +640,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit("stopped before the first step: nothing was written")
+        sys.exit("stopped before the first step")
