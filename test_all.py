@@ -56,7 +56,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent
 
-ASAP = ROOT.parent / "shared" / "data" / "asap.zip"
+ASAP = Path(os.environ.get("ASAP", ROOT / "asap.zip"))  # real music, where it is at hand
 
 
 def load_tokenize():
