@@ -1258,6 +1258,14 @@ def flags_of(*arguments):
     return train.read_flags([*SMALL, *map(str, arguments)])[0]
 
 
+@pytest.mark.parametrize("size", train.SIZES)
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_every_size_and_recipe_sets_all_flags(size, recipe):
+    args, _ = train.read_flags(["--size", size, "--recipe", recipe])
+    assert (args.dim, args.optimizer) == (train.SIZES[size]["dim"], train.RECIPES[recipe]["optimizer"])
+    assert {name for name, value in vars(args).items() if value is None} == {"init_from", "multihost", "compile_for"}
+
+
 def test_evaluation_is_the_plain_mean_over_every_token_of_every_held_out_piece(markov):
     args = flags_of("--data", markov, "--batch_size", 5)
     data, mesh = train.Data(markov, args.context), train.Mesh(jax.devices()[:1], ("data",))

@@ -3,7 +3,7 @@
     python train.py                                     # data/ -> run/, at a size that suits the device
     python train.py --data data/asap --run run/asap     # other data, another run
     python train.py --resume                            # go on after a kill, with the run's own flags
-    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-4      # fine-tune
+    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3 --steps 400
     python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
 """
 
@@ -103,7 +103,7 @@ def make_parser():
         default = getattr(Config, name)
         kind = {"action": argparse.BooleanOptionalAction} if default is False else {"type": type(default)}
         add(f"--{name}", **kind, default=default, help=meaning)
-    add("--dropout", type=float, help="share of the activations that training zeroes")
+    add("--dropout", type=float, default=Config.dropout, help="share of the activations that training zeroes")
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="original: TchAIkovsky's; modern: Muon, rotary, QK-norm, no dropout")
