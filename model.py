@@ -37,7 +37,11 @@ class Config:
     tied: bool = False  # one matrix for the token embedding and the head
 
     def __post_init__(self):
-        if self.heads < 1 or self.dim % (2 * self.heads):  # rotary positions turn pairs of numbers
+        limits = dict(vocab_size=2**24, dim=2**16, heads=2**10, layers=2**10, context=2**20)
+        for name, limit in limits.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} {getattr(self, name)}: must be from 1 to {limit}")
+        if self.dim % (2 * self.heads):  # rotary positions turn pairs of numbers
             raise ValueError(f"dim {self.dim}: must be a multiple of twice the {self.heads} heads")
 
 
@@ -96,12 +100,17 @@ def attend(q_BHTK, k_BHSK, v_BHSK, start):
     scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK * K**-0.5, k_BHSK, preferred_element_type=jnp.float32)
     position_T1 = start + jnp.arange(T)[:, None]
     # slot s holds the last of the tokens s, s + S, s + 2 S, ...: with S = 4, token 5 finds tokens 4, 5, 2, 3
-    visible_TS = (position_T1 - jnp.arange(S)) % S <= position_T1
-    scores_BHTS += jnp.where(visible_TS, 0, -1e30)
+    age_TS = (position_T1 - jnp.arange(S)) % S  # in tokens; before the ring is full, some slots hold none yet
+    scores_BHTS += jnp.where(age_TS <= position_T1, 0, -1e30)
     weights_BHTS = jnp.exp(scores_BHTS - jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True)))
     sums_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
     # softmax divides here, after the product, where there is less to divide
     return (sums_BHTK / weights_BHTS.sum(axis=-1, keepdims=True)).astype(v_BHSK.dtype).swapaxes(1, 2)
+
+
+def attend_apart(*args):
+    """The same in a branch of its own, though always taken: else XLA copies the cache at each step, a quarter slower."""
+    return jax.lax.cond(args[-1] >= 0, attend, lambda q_BHTK, *_: q_BHTK.swapaxes(1, 2), *args)
 
 
 def normalize(x):
@@ -169,8 +178,7 @@ class Block(eqx.Module):
             slot = start % cache[0].shape[2]  # a ring: the newest token takes the place of the oldest
             q_BHTK, *new = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
             cache = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=2) for pair in zip(cache, new))
-            # a branch of its own, though always taken: else XLA copies the cache at each step on CPU, a quarter slower
-            mixed_BTHK = jax.lax.cond(start >= 0, attend, lambda q, *_: q.swapaxes(1, 2), q_BHTK, *cache, start)
+            mixed_BTHK = jax.lax.platform_dependent(q_BHTK, *cache, start, cpu=attend_apart, default=attend)
         attended_BTD = mixed_BTHK.reshape(B, T, D) @ self.out_DD + self.out_bias_D
 
         hidden_BTF = jax.nn.silu(for_each_token(self.mlp_norm, x_BTD) @ self.up_DF + self.up_bias_F)

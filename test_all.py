@@ -1132,9 +1132,13 @@ def free_port():
         return server.getsockname()[1]
 
 
+def virtual_devices(count):
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+
+
 def test_one_device_eight_devices_two_processes_and_micro_batches_agree(markov, tmp_path):
     flags = ["--steps", 20, "--log_every", 1, "--eval_every", 20, "--dropout", 0.1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = virtual_devices(8)
     one, eight = training(markov, tmp_path / "one", *flags), training(markov, tmp_path / "eight", *flags, env=environment)
     assert "1 x cpu" in finished(one) and "8 x cpu" in finished(eight)
     micro = training(markov, tmp_path / "micro", *flags, "--accumulate", 4)
@@ -1153,6 +1157,27 @@ def test_one_device_eight_devices_two_processes_and_micro_batches_agree(markov, 
     assert np.abs(np.subtract(one, curve("other"))).max() > 1e-3  # dropout was really on
     for run in ("eight", "micro", "two"):
         np.testing.assert_allclose(curve(run), one, atol=1e-4, err_msg=run)
+
+
+def test_two_processes_stop_together(markov, trained, tmp_path):
+    started = []
+    for run, flags in (
+        ("diverging", ["--init_from", trained / "best.ckpt", "--learning_rate", 1e4, "--grad_clip", 1e9]),
+        ("stopped", ["--steps", 100_000, "--eval_every", 100_000]),
+    ):
+        host = f"127.0.0.1:{free_port()},2,"
+        started += [
+            training(markov, tmp_path / run, *flags, "--log_every", 1, "--multihost", f"{host}{i}") for i in (0, 1)
+        ]
+    while not (tmp_path / "stopped" / "log.csv").exists():
+        time.sleep(0.05)
+    started[3].send_signal(signal.SIGTERM)
+    for process in started[:2]:
+        assert "The run diverged" in process.communicate(timeout=240)[1] and process.returncode == 1
+    out = finished(started[2])
+    assert "stopped by another process" in out and f"--resume --run {tmp_path / 'stopped'}" in out
+    finished(started[3], 143)
+    assert model.load(tmp_path / "stopped" / "last.ckpt")[1]["step"] == max(log_of(tmp_path / "stopped", "train_loss"))
 
 
 def test_killed_ten_times_and_resumed_is_the_uninterrupted_run_bit_for_bit(markov, tmp_path):
@@ -1264,6 +1289,20 @@ def test_every_size_and_recipe_sets_all_flags(size, recipe):
     args, _ = train.read_flags(["--size", size, "--recipe", recipe])
     assert (args.dim, args.optimizer) == (train.SIZES[size]["dim"], train.RECIPES[recipe]["optimizer"])
     assert {name for name, value in vars(args).items() if value is None} == {"init_from", "multihost", "compile_for"}
+
+
+def test_evaluation_of_many_batches_on_many_devices(markov, tmp_path):
+    data, times = shutil.copytree(markov, tmp_path / "data"), 200
+    (data / "val.bin").write_bytes(times * (data / "val.bin").read_bytes())
+    meta = json.loads((data / "meta.json").read_text())
+    meta["val"] = {name: times * count for name, count in meta["val"].items()}
+    (data / "meta.json").write_text(json.dumps(meta))
+    flags = ["--steps", 1, "--batch_size", 4]
+    once, often = training(markov, tmp_path / "once", *flags), training(data, tmp_path / "often", *flags, env=virtual_devices(4))
+    assert finished(once) and "4 x cpu" in finished(often)
+    assert list(log_of(tmp_path / "often", "val_nats_per_note").values()) == pytest.approx(
+        list(log_of(tmp_path / "once", "val_nats_per_note").values()), abs=1e-5
+    )
 
 
 def test_evaluation_is_the_plain_mean_over_every_token_of_every_held_out_piece(markov):
@@ -1409,10 +1448,12 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys, monkey
     assert "--data" in say("--data", cut)
     assert "not the one that wrote the tokens" in say("--data", broken("mixed", tokenizer_sha256="0"))
     assert "--context 5000" in say("--data", markov, "--context", 5000)
-    assert "multiple of twice --heads 5" in say("--data", markov, "--heads", 5)
+    assert "--dim 32: must be a multiple of twice the 5 heads" in say("--data", markov, "--heads", 5)
     assert "this device, --precision and shape allow xla" in say("--data", markov, "--attention", "cudnn")
     assert "leave out one of them" in say("--data", markov, "--resume", "--init_from", trained / "best.ckpt")
-    assert "--layers 0" in say("--data", markov, "--layers", 0)
+    assert "--layers 0: must be from 1" in say("--data", markov, "--layers", 0)
+    assert "--layers 1000000: must be from 1 to" in say("--data", markov, "--layers", 1_000_000)
+    assert "no such checkpoint" in say("--data", markov, "--init_from", "")
     assert "--steps: invalid int value" in say("--data", markov, "--steps", "x")
     assert "7 does not divide over 1 devices x --accumulate 2; the nearest that does is 8" in say(
         "--data", markov, "--batch_size", 7, "--accumulate", 2
@@ -2041,7 +2082,7 @@ BAD_FLAGS = [
     (["--temperatures", "-1"], "temperatures"), (["--temperatures", "nan"], "temperatures"), (["--seeds", "-3"], "seeds"),
     (["--max_tokens", "0"], "max_tokens"), (["--window_drop", "0"], "window_drop"), (["--window_drop", "99"], "window_drop"),
     (["--run", "{none}"], "none"), (["--run", "{hostile}"], "hostile"), (["--run", "{foreign}"], "foreign"),
-    (["--run", "{diverged}"], "diverged"), (["--run", "{headless}"], "twice the 0 heads"), (["--prompt_tokens", "5"], "prompt"),
+    (["--run", "{diverged}"], "diverged"), (["--run", "{headless}"], "heads 0: must be from 1"), (["--prompt_tokens", "5"], "prompt"),
     (["--chords", ""], "no piano notes"), (["--temperature", "1"], "--temperature"), (["--motif", "C4 B8"], "'B8'"),
     (["--motif", "C4:x"], "'C4:x'"), (["--chords", "C:nan"], "'C:nan'"), (["--chords", "C:1."], "'C:1.'"),
     (["--run", "{rotary}", "--window_drop", "8"], "rotary"), (["--run", "{smaller}"], "smaller"),

@@ -3,7 +3,7 @@
     python train.py                                     # data/ -> run/, at a size that suits the device
     python train.py --data data/asap --run run/asap     # other data, another run
     python train.py --resume                            # go on after a kill, with the run's own flags
-    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3 --steps 400
+    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3      # fine-tune
     python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
 """
 
@@ -58,7 +58,8 @@ TPUS = {  # part of the name: peak dense bfloat16 TFLOP/s, memory in GiB, clock 
     "TPU v2": (22.5, 8, 0.7), "TPU v3": (61.5, 16, 0.94), "TPU v4": (275, 32, 1.05), "TPU v5 lite": (197, 16, 1.5),
     "TPU v5e": (197, 16, 1.5), "TPU v5": (459, 95, 1.75), "TPU v6": (918, 32, 1.75),
 }  # the first that matches counts  # fmt: skip
-GPUS = {"A100": 312, "H100": 989, "H200": 989, "L4": 121, "RTX 3090": 71, "RTX 4090": 165}  # TFLOP/s alone
+GPUS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "L4": 121, "RTX 3090": 71,
+        "RTX 4090": 165}  # TFLOP/s alone  # fmt: skip
 COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
            "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
 # flags that a checkpoint does not keep
@@ -150,7 +151,7 @@ def read_flags(argv):
     """Flags given win over those of the checkpoint, these over the size's. Returns them and the devices to run on."""
     parser = make_parser()
     args = parser.parse_args(argv)  # for the flags that set the defaults of others
-    if args.resume and args.init_from:
+    if args.resume and args.init_from is not None:
         fail("--resume goes on from RUN/last.ckpt, --init_from from another checkpoint: leave out one of them")
     if args.wandb and not importlib.util.find_spec("wandb"):
         fail("--wandb: pip install wandb")
@@ -159,7 +160,7 @@ def read_flags(argv):
             address, *numbers = args.multihost.split(",") if args.multihost else [None]
             jax.distributed.initialize(address, *map(int, numbers))
     with blaming(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}", "; JAX finds no such device"):
-        devices = topology_devices(args.compile_for) if args.compile_for else jax.devices()
+        devices = topology_devices(args.compile_for) if args.compile_for is not None else jax.devices()
 
     platform = devices[0].platform
     size, recipe = args.size or ("tiny" if platform == "cpu" else "base"), args.recipe or "default"
@@ -171,9 +172,9 @@ def read_flags(argv):
     defaults |= dict(warmup=min(steps // 10, 1000), eval_every=max(1, steps // 10), save_every=steps)
     source = f"{args.run}/last.ckpt" if args.resume else args.init_from
     decided = {}  # by the checkpoint
-    if source:
+    if source is not None:
         with blaming("no checkpoint of train.py to start from"):
-            saved = load(source)[1]["flags"]
+            saved = {name: value for name, value in load(source)[1]["flags"].items() if name in vars(args)}
             names = [*NETWORK, "size", "recipe", "optimizer"] if args.resume else NETWORK
             decided = {name: saved[name] for name in names}
         defaults |= saved if args.resume else decided
@@ -194,15 +195,18 @@ def is_ampere(device):
 
 def check(args, devices):
     """Refuse what cannot be, and choose the kernel for attention."""
-    limits = {name: (1, 2**32) for name, value in vars(args).items() if type(value) is int}
-    limits |= {name: (0, np.inf) for name, value in vars(args).items() if type(value) is float}
-    limits |= dict(seed=(0, 2**32 - 1), warmup=(0, 2**32))
-    limits |= dict(dropout=(0, 0.99), bos_share=(0, 1), grad_clip=(1e-9, np.inf))
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            fail(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
-    if args.dim % (2 * args.heads):  # rotary positions turn pairs of numbers
-        fail(f"--dim {args.dim}: must be a multiple of twice --heads {args.heads}")
+    usual = {int: (1, 2**32), float: (0, 1e9)}
+    limits = dict(seed=(0, 2**32 - 1), warmup=(0, 2**32), batch_size=(1, 2**20), dropout=(0, 0.99), bos_share=(0, 1),
+                  grad_clip=(1e-9, 1e9), max_hours=(0, np.inf))  # fmt: skip
+    for name, value in vars(args).items():
+        if type(value) in usual:
+            low, high = limits.get(name, usual[type(value)])
+            if not low <= value <= high:
+                fail(f"--{name} {value}: must be from {low} to {high}")
+    try:
+        Config(**{name: getattr(args, name) for name in NETWORK})
+    except ValueError as error:
+        fail(f"--{error}")
     kind = devices[0].device_kind
     kernels = {  # and what they can do
         "splash": kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0,
@@ -356,13 +360,14 @@ def evaluate(args, data, mesh, eval_step, model):
         for piece, end in zip(data.starts["val"], piece_ends)
         for start in range(piece, end - 1, args.context)
     ]
-    rows, sums = args.batch_size // args.accumulate, []
+    rows, nats = args.batch_size // args.accumulate, 0.0
     padded = windows + [(0, 0)] * (-len(windows) % rows)
-    for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2):
+    hidden = jax.process_index() != 0
+    for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2, disable=hidden):
         starts, counts = np.array(padded[i : i + rows]).T
         tokens_BT = data.windows("val", starts, args.context + 1)
-        sums.append(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, counts)))
-    nats = sum(map(float, sums))
+        # float waits for the device: many steps in flight at once would block each other on virtual CPU devices
+        nats += float(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, counts)))
     return {
         "val_nats_per_token": nats / sum(count for _, count in windows),
         "val_nats_per_note": nats / data.meta["val"]["notes"],
@@ -381,7 +386,7 @@ def fresh_or_restored(args, data, mesh, optimizer):
     facts |= {"config": dataclasses.asdict(state["model"].cfg), "tokenizer_sha256": data.sha256}
     facts |= {"data": str(data.folder.resolve()), "music": {split: data.meta[split] for split in ("train", "val")}}
     facts["flags"] = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
-    if source:
+    if source is not None:
         with blaming("no checkpoint of train.py to start from"):
             saved = load(source)[1]
             if saved["tokenizer_sha256"] != data.sha256:
@@ -392,7 +397,8 @@ def fresh_or_restored(args, data, mesh, optimizer):
                     fail(f"--resume: {data.folder} holds other music by now; --init_from {source} --run NEW learns it")
                 # each as what it should be: a damaged checkpoint may hold anything
                 facts |= {name: type(facts[name])(saved[name]) for name in ("step", "seconds", "best", "rows")}
-                if facts["step"] < 0 or not all(row.keys() <= set(COLUMNS) for row in facts["rows"]):
+                a_row = lambda row: {"step", "train_loss"} <= row.keys() <= set(COLUMNS)
+                if not (0 <= facts["step"] <= 2**32 and all(map(a_row, facts["rows"]))):
                     raise ValueError(f"{source}: not a log that train.py wrote")
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
 
@@ -457,7 +463,10 @@ class Stop:
             if now + self.longest > self.deadline:
                 self.reason = self.reason or "--max_hours"
         if jax.process_count() > 1:
-            return logging and bool(multihost_utils.process_allgather(np.array(self.reason is not None)).any())
+            if logging and multihost_utils.process_allgather(np.array(self.reason is not None)).any():
+                self.reason = self.reason or "another process"
+                return True
+            return False
         return self.reason is not None
 
 
@@ -478,7 +487,7 @@ def train(args, data, mesh):
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.draw(args, first))
     if first < args.steps:
-        train_step = train_step.lower(state, batch, np.uint32(first)).compile()  # before the clock runs
+        train_step = train_step.lower(state, batch, np.uint32(first)).compile()  # before tokens per second are counted
     lap_began, lap_first = time.time(), first
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not main_process):
         state, metrics = train_step(state, batch, np.uint32(step))
@@ -499,8 +508,8 @@ def train(args, data, mesh):
             row |= evaluate(args, data, mesh, eval_step, state["model"])
         stop_if_diverged(args, [*rows, row], data.meta["vocab_size"])
         facts |= {"step": done, "seconds": time.time() - began}
+        rows.append(row | {"seconds": round(facts["seconds"], 1)})  # in facts, too
         if main_process:
-            rows.append(row | {"seconds": round(facts["seconds"], 1)})  # in facts, too
             record(args, rows)
             if row.get("val_nats_per_note", np.inf) < facts["best"]:
                 facts["best"] = row["val_nats_per_note"]
@@ -537,7 +546,8 @@ def stop_if_diverged(args, rows, vocab_size):
 
     (Music of another kind may surprise a trained model more than a blind guess, and overfitting is no divergence.)
     """
-    row, start = rows[-1], rows[0]["train_loss"] if args.init_from else 0
+    row = rows[-1]
+    start = rows[0]["train_loss"] if args.init_from else 0
     limit = max(np.log(vocab_size) + 1, 1.5 * start)
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
     if not (losses_fit and np.isfinite(row["grad_norm"])):
@@ -613,8 +623,10 @@ def compile_report(args, mesh):
 def main(argv):
     args, devices = read_flags(argv)
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-    if args.compile_for:
+    if args.compile_for is not None:
         return compile_report(args, mesh)
+    if args.precision == "float32" and devices[0].platform != "cpu":  # Ampere GPUs and TPUs would round what they multiply
+        jax.config.update("jax_default_matmul_precision", "highest")
     data = Data(args.data, args.context)
     try:
         rows, stop = train(args, data, mesh)
@@ -625,7 +637,7 @@ def main(argv):
     except OSError as error:
         fail(f"--run {args.run}: {error}; the checkpoints there are whole")
     if jax.process_index() != 0:
-        return
+        sys.exit(stop.exit_code)
     print(f"hear it: python sample.py --run {args.run}")
     column = lambda name: [row[name] for row in rows if name in row] or [np.nan]
     per_note, per_token = column("val_nats_per_note")[-1], column("val_nats_per_token")[-1]
