@@ -10,6 +10,11 @@ OUT receives index.html (open it: no network needed), a .mid file per piece, and
 
 # Names end in their shape: B pieces, T tokens of a window, N tokens of a piece, V vocabulary, K kinds of token.
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
+
 import argparse
 import functools
 import hashlib
@@ -82,7 +87,7 @@ def parse_flags():
     flag("--prompt_bars", type=count, metavar="N", help="only its first N bars, by its own time signatures")
     flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; kinds: C{" C".join(CHORDS)}')
     flag("--scale", help=f'one octave upwards: "D minor"; kinds: {" ".join(SCALES)}')
-    flag("--motif", help='notes with lengths in beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
+    flag("--motif", help='notes with lengths in beats, or 1; R rests between: "E5:.5 D#5:.5 R [C4,E4]:2"')
     flag("--bpm", type=number(float, 10, 500), default=90, help="beats a minute of these three (default: 90)")
 
     flag = parser.add_argument_group("sampling").add_argument
@@ -138,8 +143,8 @@ def parse_motif(name):
 
 def parse_scale(text):
     """ "D minor" -> [62, 64, 65, ...]: one octave, from the D above middle C"""
-    root, _, kind = text.lower().partition(" ")
-    if kind not in SCALES:
+    root, _, kind = " ".join(text.lower().split()).partition(" ")
+    if kind not in SCALES or not re.fullmatch("[a-g][#b]?", root):
         raise ValueError(f"{text!r} is not a scale; write, for example, D minor; kinds: {' '.join(SCALES)}")
     return [parse_pitch(root) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
@@ -149,17 +154,20 @@ def text_to_score(args):
     score, track = Score(480), Track()
     score.tempos.append(Tempo(0, args.bpm))
     chords, motif = (args.chords or "").replace(",", " "), args.motif or ""
-    scale = " ".join(map(str, parse_scale(args.scale))) if args.scale else ""
+    scale = " ".join(map(str, parse_scale(args.scale))) if args.scale is not None else ""
     voices = (chords, parse_chord, 2), (motif, parse_motif, 1), (scale, lambda pitch: [int(pitch)], 0.5)
     for text, parse, usual in voices:
         now = 0
         for word in text.split():
             name, _, length = word.partition(":")
             beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
-            if not 0.01 <= beats <= 64:
-                raise ValueError(f"{word!r}: a length lies between 0.01 and 64 beats")
-            track.notes.extend(Note(round(480 * now), round(480 * beats), pitch, 72) for pitch in parse(name))
+            if not 0.01 <= beats <= args.bpm / 7.5:  # tokens hold 16 beats at 120 bpm
+                raise ValueError(f"{word!r}: at --bpm {args.bpm:g} a length is from 0.01 to {args.bpm / 7.5:.3g} beats")
+            for pitch in parse(name):
+                track.notes.append(Note(round(480 * now), round(480 * beats), pitch, 72))
             now += beats
+    if not track.notes:
+        raise ValueError("--chords, --motif and --scale: there is no note in them")
     score.tracks.append(track)
     return score
 
@@ -173,7 +181,9 @@ def read_prompt(args, tokenizer):
                 midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or bars for years
                 bar_lines = [*get_bars_ticks(score), score.end()]
                 score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
-            score = first_seconds(midi_tokenize.prepare(score, tokenizer), args.prompt_seconds or math.inf)
+            score = midi_tokenize.prepare(score, tokenizer)
+            if args.prompt_seconds:
+                score = first_notes(score, max(1, begun_within(score, args.prompt_seconds)))
             ids = midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
             to_score(ids, tokenizer)  # refuses too few tokens for a note
             return ids
@@ -189,10 +199,14 @@ def read_prompt(args, tokenizer):
     return ids
 
 
-def first_seconds(score, seconds):
-    """Only the notes that begin within so many seconds, at least one, and the pedal while they sound."""
-    count = max(1, int(np.searchsorted(notes_of(score)["time"], seconds)))
-    part = score.clip(0, score.tracks[0].notes[count - 1].time + 1)
+def begun_within(score, seconds):
+    """How many notes begin within so many seconds."""
+    return int(np.searchsorted(notes_of(score)["time"], seconds))
+
+
+def first_notes(score, count):
+    """Only so many notes, and the pedal while they sound."""
+    part = score.clip(0, score.tracks[0].notes[:count][-1].time + 1)
     last = max(note.end for note in part.tracks[0].notes)
     for pedal in part.tracks[0].pedals:
         pedal.duration = min(pedal.duration, last - pedal.time)
@@ -215,7 +229,8 @@ def base_tokens(tokenizer):
     return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
 
 
-KEEP, NOTHING = -9, 999  # in place of a number, below
+KEEP = -9  # in place of a number: leaves it as it was
+NOTHING = 999  # in place of a position or pitch: comes after all of them
 
 
 class Grammar(NamedTuple):
@@ -235,7 +250,8 @@ class Grammar(NamedTuple):
 
     def after(self, tokens):
         """The state [3] after these tokens of one piece, of which the first is BOS."""
-        return jnp.array([column[column != KEEP][-1] for column in np.array(self.after_V3)[tokens].T])
+        history_N3 = np.array(self.after_V3)[tokens]
+        return jnp.array([column[column != KEEP][-1] for column in history_N3.T])  # the last that changed it
 
     def step(self, state_B3, token_B):
         after_B3 = self.after_V3[token_B]
@@ -265,7 +281,7 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
     for token, parts in enumerate(base_tokens(tokenizer)):
         parts = [part.split("_") for part in parts]
         if parts and parts[-1][0] in kinds:  # BPE has one token of nothing
-            first_V2[token] = last_place(reversed(parts), NOTHING, NOTHING)
+            first_V2[token] = last_place(reversed(parts), NOTHING, NOTHING)  # the last, read backwards, is the first
             after_V3[token] = kinds.index(parts[-1][0]), *last_place(parts, KEEP, -1)
             in_scale = all(kind != "Pitch" or int(value) % 12 in pitch_classes for kind, value in parts)
             follows_KV[:, token] = [in_scale and parts[0][0] in graph[kind] for kind in kinds]
@@ -681,8 +697,8 @@ def load_run(folder):
 
 def compose(args, model, precision, tokenizer, prompt, grammar):
     """The whole grid of seeds and temperatures: those Pieces that have new notes, and the tokens per second."""
-    onsets = notes_of(to_score(prompt, tokenizer))["time"] if prompt else np.zeros(1)  # of the prompt, in seconds
-    limit = onsets[-1] + (args.seconds or math.inf)
+    onsets = notes_of(to_score(prompt, tokenizer))["time"] if prompt else []  # of the prompt, in seconds
+    limit = max([0, *onsets]) + (args.seconds or math.inf)
     is_enough = lambda ids: tokenizer.decode([ids]).to("second").clip(limit, math.inf).note_num() > 0
     seeds = range(args.num_samples) if args.num_samples else args.seeds
     grid = list(dict.fromkeys((seed, temperature) for seed in seeds for temperature in args.temperatures))
@@ -694,12 +710,14 @@ def compose(args, model, precision, tokenizer, prompt, grammar):
     pieces = []
     for (seed, temperature), ids in zip(grid, all_ids):
         name = f"seed{seed}_temperature{temperature}"
-        given = len(onsets) if prompt and not args.only_generated else 0
         try:
-            score = to_score(ids[len(prompt) if args.only_generated else 0 :], tokenizer)
-            score = first_seconds(score, limit - onsets[-1] * args.only_generated)
-            if score.note_num() == given:
+            score, given = to_score(ids, tokenizer), len(onsets)
+            count = begun_within(score, limit)
+            if count <= given:
                 raise ValueError("no new note")
+            if args.only_generated:
+                score, given, count = to_score(ids[len(prompt) :], tokenizer), 0, count - given
+            score = first_notes(score, count)
             pieces.append(Piece(name, score, notes_of(score), given))
         except ValueError as error:
             print(f"{name}: not written: {error}")
@@ -731,14 +749,16 @@ def main():
             raise ValueError(f"--window_drop {args.window_drop}: must be less than the model's context of {context}")
         if args.window_drop and model.cfg.rotary:
             raise ValueError(f"--window_drop {args.window_drop}: a model with rotary positions drops 1; leave it out")
-        locked = parse_scale(args.scale_lock) if args.scale_lock else range(12)
+        locked = parse_scale(args.scale_lock) if args.scale_lock is not None else range(12)
         grammar = build_grammar(tokenizer, {pitch % 12 for pitch in locked})
         if args.prompt and args.prompt.resolve().parent == args.out.resolve():
             raise ValueError(f"--prompt {args.prompt}: lies in --out, whose files are replaced; name another --out")
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # can it be written to?
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     try:
         pieces, tokens_per_second = compose(args, model, facts["precision"], tokenizer, prompt, grammar)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -759,7 +779,9 @@ def main():
 
 
 if __name__ == "__main__":
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped: no piece was finished")
+        sys.exit("stopped; a file that was not finished is left as it was")

@@ -22,6 +22,8 @@ if __name__ == "tokenize":  # somebody's `import tokenize` found this file: be t
 else:
     import signal
 
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
     if __name__ == "__mp_main__":  # one of our workers, which leaves Ctrl-C to its parent
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     import argparse
@@ -87,7 +89,9 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, 
         special_tokens=["PAD", "BOS", "EOS"],
         encode_ids_split="bar",  # BPE joins no tokens across a bar line
         use_tempos=tempos,
-        num_tempos=64,
+        tempo_range=(15, 480),
+        num_tempos=128,
+        log_tempos=True,  # 3 % apart
         delete_equal_successive_tempo_changes=True,
         use_chords=chords,
         chord_tokens_with_root_note=True,
@@ -266,6 +270,8 @@ def find_files(sources, work, skipped):
             files = [Path(folder, name) for folder, _, names in walk for name in names]
             folders = [os.path.join(folder, name) for folder, names, _ in walk for name in names]
             skipped += [(path, "a link to a folder: name it as a source") for path in folders if os.path.islink(path)]
+            packed = [path for path in files if path.name.lower().endswith((".zip", ".tar.gz", ".tgz"))]
+            skipped += [(path, "an archive inside: name it as a source") for path in packed]
         for table in (file for file in files if file.match("maestro-v*.csv")):
             published |= published_split(table)
         for file in sorted(file for file in files if file.suffix.lower() in MIDI):
@@ -334,6 +340,8 @@ def unpack(archive, folder):
     if zipfile.is_zipfile(archive):
         opened = zipfile.ZipFile(archive)
         size = sum(member.file_size for member in opened.infolist())
+        if len(set(opened.namelist())) < len(opened.namelist()):
+            raise Refused("two of its files have one name")
     else:
         with gzip.open(archive) as stream:  # read it all, because its checksum comes last
             while size <= limit and stream.read(1 << 20):
@@ -543,7 +551,8 @@ def compose(seed):
                     velocity = round(loudness + swell + dice.gauss(0, 2))
                     track.notes.append(Note(begin, tick(end - 0.05 * (end - start)) - begin, pitch, velocity))
         if "B" in hands[1] and not set("1356") & set(hands[0]):  # pedal where the whole bar is one chord
-            track.controls.extend(ControlChange(tick(bar + at), 64, value) for at, value in ((0.02, 127), (0.98, 0)))
+            for at, value in ((0.02, 127), (0.98, 0)):
+                track.controls.append(ControlChange(tick(bar + at), 64, value))
     score.tracks.append(track)
     return score
 
@@ -558,7 +567,7 @@ def main(args):
     shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
     work.mkdir(parents=True)
     tokenizer = build_tokenizer(**{name: getattr(args, name) for name in MUSICAL})
-    if args.tokenizer:
+    if args.tokenizer is not None:
         tokenizer = load_tokenizer(args.tokenizer)
     elif args.vocab_size and args.vocab_size <= len(tokenizer):
         raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}, the base tokens")
@@ -630,14 +639,17 @@ if __name__ == "__main__":
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     given = [name for name in ("vocab_size", *MUSICAL) if getattr(args, name) != parser.get_default(name)]
-    if args.tokenizer and given:
+    if args.tokenizer is not None and given:
         parser.error(f"--tokenizer {args.tokenizer} has its own --{given[0]}: leave out one of them")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill tidies up as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # a plain kill tidies up as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
     try:
         main(args)
-    except (Refused, OSError) as error:
+    except Refused as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}; what was there before is as it was")
     except KeyboardInterrupt:
         sys.exit("stopped: nothing was written")
     finally:

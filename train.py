@@ -10,7 +10,11 @@
 # Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary.
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save: no traceback
 
 # XLA allocates what a step needs anew at each step. In huge pages, a step on CPU takes a sixth less time, but glibc
 # reads that setting only when a program starts: so a plain `python train.py` on Linux (no notebook) starts once more.
@@ -27,7 +31,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -649,7 +652,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("stopped before the first step")
+    main(sys.argv[1:])
