@@ -109,7 +109,7 @@ def attend(q_BHTK, k_BHSK, v_BHSK, start):
 
 
 def attend_apart(*args):
-    """The same in a branch of its own, though always taken: else XLA copies the cache at each step, a quarter slower."""
+    """The same in a branch of its own, though always taken: else XLA copies the cache, a quarter slower."""
     return jax.lax.cond(args[-1] >= 0, attend, lambda q_BHTK, *_: q_BHTK.swapaxes(1, 2), *args)
 
 

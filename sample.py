@@ -392,7 +392,7 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, min_t
     rows, length, context = len(seeds), len(prompt), model.cfg.context
     total, drop = length + max_tokens, 1 if model.cfg.rotary else window_drop or context // 2
     begin = drop * max(0, math.ceil((length - context) / drop))
-    longest = math.inf if model.cfg.rotary else context  # window, before it has to be read again
+    longest = math.inf if model.cfg.rotary else context
     tokens_BN = np.full((rows, total), eos, np.int32)
     tokens_BN[:, :length] = prompt
 
@@ -409,11 +409,12 @@ def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, min_t
     started = time.perf_counter()
     with tqdm(total=rows * max_tokens, unit=" tokens", desc="composing") as bar:
         while length < total and (tokens_BN[:, length - 1] != eos).any():
-            if length > begin + longest:
-                begin += drop
+            room = begin + longest + 1 - length  # tokens, before the window has to be read again
+            if room < 1:
+                begin, room = begin + drop, room + drop
                 cache = read_window(model, tokens_BN[:, begin : length - 1], music.cache)
                 music = music._replace(cache=cache, begin=jnp.int32(begin))
-            steps = min(32, total - length, begin + longest + 1 - length)
+            steps = min(32, total - length, room)
             music = continue_music(model, grammar, music, steps, *fixed)
             length += steps
             tokens_BN = np.array(music.tokens_BN)

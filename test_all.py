@@ -1,8 +1,8 @@
 """Everything that is promised here, as equalities and as what a user does, in the order of the files.
 
-    python -m pytest test_all.py                # about five minutes on two cores
-    python test_all.py bench_tokenize           # benchmarks print both sides of each ratio:
-    python test_all.py bench_train              # also bench_sample; these two need torch
+python -m pytest test_all.py                # about five minutes on two cores
+python test_all.py bench_tokenize           # benchmarks print both sides of each ratio:
+python test_all.py bench_train              # also bench_sample; these two need torch
 """
 
 import csv
@@ -1103,7 +1103,9 @@ def test_a_failed_save_keeps_the_checkpoint_before_it(saved, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------- train.py
 
-SMALL = "--dim 32 --heads 2 --layers 2 --context 32 --dropout 0.1 --batch_size 16 --warmup 5 --learning_rate 3e-3".split()
+SMALL = (
+    "--dim 32 --heads 2 --layers 2 --context 32 --dropout 0.1 --batch_size 16 --warmup 5 --learning_rate 3e-3".split()
+)
 
 
 @pytest.fixture(scope="session")
@@ -1163,7 +1165,10 @@ def virtual_devices(count):
 def test_one_device_eight_devices_two_processes_and_micro_batches_agree(markov, tmp_path):
     flags = ["--steps", 20, "--log_every", 1, "--eval_every", 20, "--dropout", 0.1]
     environment = virtual_devices(8)
-    one, eight = training(markov, tmp_path / "one", *flags), training(markov, tmp_path / "eight", *flags, env=environment)
+    one, eight = (
+        training(markov, tmp_path / "one", *flags),
+        training(markov, tmp_path / "eight", *flags, env=environment),
+    )
     assert "1 x cpu" in finished(one) and "8 x cpu" in finished(eight)
     micro = training(markov, tmp_path / "micro", *flags, "--accumulate", 4)
     other = training(markov, tmp_path / "other", *flags, "--dropout", 0)
@@ -1702,7 +1707,12 @@ def untrained(vocab_size, context=32, **changes):
 def save_run(folder, decoder, data, **facts):
     folder.mkdir(exist_ok=True)
     config = dataclasses.asdict(decoder.cfg)
-    facts = {"config": config, "step": 1, "data": str(data), "tokenizer_sha256": read_meta(data)["tokenizer_sha256"]} | facts
+    facts = {
+        "config": config,
+        "step": 1,
+        "data": str(data),
+        "tokenizer_sha256": read_meta(data)["tokenizer_sha256"],
+    } | facts
     model.save(folder / "best.ckpt", {"model": decoder}, **facts)
     shutil.copy(data / "tokenizer.json", folder / "tokenizer.json")
     return folder
@@ -1733,7 +1743,9 @@ def etude(tokenizer, seed=5):
 
 
 def text_score(**texts):
-    return sample.text_to_score(types.SimpleNamespace(**{"chords": None, "motif": None, "scale": None, "bpm": 120} | texts))
+    return sample.text_to_score(
+        types.SimpleNamespace(**{"chords": None, "motif": None, "scale": None, "bpm": 120} | texts)
+    )
 
 
 def pitches_of(score):
@@ -2137,7 +2149,9 @@ BAD_FLAGS = [
 def test_sample_refuses_in_one_line(
     tmp_path, monkeypatch, capsys, sample_data, sample_tokenizer, sample_run, flags, culprit
 ):
-    paths = {name: tmp_path / name for name in ("none", "hostile", "foreign", "smaller", "headless", "diverged", "rotary")}
+    paths = {
+        name: tmp_path / name for name in ("none", "hostile", "foreign", "smaller", "headless", "diverged", "rotary")
+    }
     paths |= {name: tmp_path / f"{name}.mid" for name in ("noise", "drums")}
     paths["noise"].write_bytes(np.random.default_rng(0).bytes(1000))
     drums = Score(480)

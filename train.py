@@ -1,10 +1,10 @@
 """Trains the piano transformer on every GPU, TPU or CPU device it sees.
 
-    python train.py                                     # data/ -> run/, at a size that suits the device
-    python train.py --data data/asap --run run/asap     # other data, another run
-    python train.py --resume                            # go on after a kill, with the run's own flags
-    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3      # fine-tune
-    python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
+python train.py                                     # data/ -> run/, at a size that suits the device
+python train.py --data data/asap --run run/asap     # other data, another run
+python train.py --resume                            # go on after a kill, with the run's own flags
+python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3      # fine-tune
+python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
 """
 
 # Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary.
@@ -165,16 +165,8 @@ def read_flags(argv):
     with blaming(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}", "; JAX finds no such device"):
         devices = topology_devices(args.compile_for) if args.compile_for is not None else jax.devices()
 
-    platform = devices[0].platform
-    size, recipe = args.size or ("tiny" if platform == "cpu" else "base"), args.recipe or "default"
-    defaults = {"size": size, "recipe": recipe} | SIZES[size] | RECIPES[recipe]
-    defaults["precision"] = "bfloat16" if platform == "tpu" or is_ampere(devices[0]) else "float32"
-    if (args.optimizer or defaults["optimizer"]) == "muon":
-        defaults["learning_rate"] *= 2  # learns faster, at the size that the README compares
-    steps = args.steps or defaults["steps"]
-    defaults |= dict(warmup=min(steps // 10, 1000), eval_every=max(1, steps // 10), save_every=steps)
+    defaults, decided = defaults_for(args, devices[0]), {}  # decided: by the checkpoint
     source = f"{args.run}/last.ckpt" if args.resume else args.init_from
-    decided = {}  # by the checkpoint
     if source is not None:
         with blaming("no checkpoint of train.py to start from"):
             saved = {name: value for name, value in load(source)[1]["flags"].items() if name in vars(args)}
@@ -189,6 +181,17 @@ def read_flags(argv):
             fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
     check(args, devices)
     return args, devices
+
+
+def defaults_for(args, device):
+    """What the device, the size and the recipe set, where the flags given (args) don't."""
+    size, recipe = args.size or ("tiny" if device.platform == "cpu" else "base"), args.recipe or "default"
+    defaults = {"size": size, "recipe": recipe} | SIZES[size] | RECIPES[recipe]
+    defaults["precision"] = "bfloat16" if device.platform == "tpu" or is_ampere(device) else "float32"
+    if (args.optimizer or defaults["optimizer"]) == "muon":
+        defaults["learning_rate"] *= 2  # learns faster, at the size that the README compares
+    steps = args.steps or defaults["steps"]
+    return defaults | dict(warmup=min(steps // 10, 1000), eval_every=max(1, steps // 10), save_every=steps)
 
 
 def is_ampere(device):
@@ -384,6 +387,10 @@ def evaluate(args, data, mesh, eval_step, model):
 def fresh_or_restored(args, data, mesh, optimizer):
     """The state to train, on every device, and the facts of the run: from scratch, from other weights, or resumed."""
     run, source = Path(args.run), args.init_from
+    if any(run.glob("*.ckpt")) and not args.resume:
+        fail(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
+    if (run / "meta.json").exists():
+        fail(f"--run {run}: holds data that tokenize.py wrote; name another folder")
     state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": []}
     facts |= {"config": dataclasses.asdict(state["model"].cfg), "tokenizer_sha256": data.sha256}
@@ -405,10 +412,6 @@ def fresh_or_restored(args, data, mesh, optimizer):
                     raise ValueError(f"{source}: not a log that train.py wrote")
             state |= load(source, state if args.resume else {"model": state["model"]})[0]
 
-    if any(run.glob("*.ckpt")) and not args.resume:
-        fail(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
-    if (run / "meta.json").exists():
-        fail(f"--run {run}: holds data that tokenize.py wrote; name another folder")
     run.mkdir(parents=True, exist_ok=True)
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
@@ -459,12 +462,15 @@ class Stop:
         self.reason, self.exit_code = signal.Signals(number).name, 128 + number
         signal.signal(number, signal.SIG_DFL)
 
+    def out_of_time(self):
+        """Would another stretch as long as the longest so far end too late?"""
+        now = time.time()
+        self.longest, self.checked = max(self.longest, now - self.checked), now
+        return now + self.longest > self.deadline
+
     def wanted(self, logging):
-        if logging:  # would another stretch as long as the longest so far still fit?
-            now = time.time()
-            self.longest, self.checked = max(self.longest, now - self.checked), now
-            if now + self.longest > self.deadline:
-                self.reason = self.reason or "--max_hours"
+        if logging and self.out_of_time():
+            self.reason = self.reason or "--max_hours"
         if jax.process_count() > 1:
             if logging and multihost_utils.process_allgather(np.array(self.reason is not None)).any():
                 self.reason = self.reason or "another process"
@@ -628,7 +634,9 @@ def main(argv):
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     if args.compile_for is not None:
         return compile_report(args, mesh)
-    if args.precision == "float32" and devices[0].platform != "cpu":  # Ampere GPUs and TPUs would round what they multiply
+    if (
+        args.precision == "float32" and devices[0].platform != "cpu"
+    ):  # Ampere GPUs and TPUs would round what they multiply
         jax.config.update("jax_default_matmul_precision", "highest")
     data = Data(args.data, args.context)
     try:
