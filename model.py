@@ -274,6 +274,8 @@ def load(path, like=()):
     and the zip format's checksums catch damage. ValueError, with one line that says why, where it can't be used.
     """
     try:
+        if os.path.exists(path) and not zipfile.is_zipfile(path):
+            raise ValueError("no .npz file")
         with np.load(path, allow_pickle=False) as file:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.zip.infolist()):
                 raise ValueError("compressed, which our checkpoints never are")  # a few bytes may unpack to gigabytes

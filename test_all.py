@@ -1592,7 +1592,7 @@ def test_compiles_for_a_tpu_that_is_not_here(compilation_for_a_tpu):
 
 
 def bench_train(turns=4):
-    """Training on this machine against PyTorch at the same size: in turns, each in a process of its own, as users run it."""
+    """Training here against PyTorch at the same size: in turns, each in a process of its own, as users run it."""
     ratios = []
     for _ in range(turns):
         speeds = []
@@ -1887,7 +1887,7 @@ def test_sample_scale_lock_keeps_new_notes_in_the_scale(sample_tokenizer):
 
 
 def watched_sampling(tokenizer, given, drop=None, seeds=(0, 1), precision="float32", **more):
-    """A model, 80 tokens from it for some seeds after a prompt of so many tokens, and the logits that each was drawn from."""
+    """A model, 80 tokens from it for each seed after a prompt of so many tokens, and the logits that each came from."""
     seen = []
 
     class Watched(model.Decoder):
@@ -1939,7 +1939,7 @@ def test_sample_on_cpu_rounds_the_matrices_of_a_bfloat16_run_and_nothing_else(sa
 
 @pytest.mark.parametrize("given", [0, 50])
 def test_sample_rotary_logits_are_those_of_a_sliding_window(sample_tokenizer, monkeypatch, given):
-    """With rotary positions nothing is read again: each token attends to the last 32, as in one pass over all of them."""
+    """With rotary positions nothing is read again: each token attends to the last 32, as in one pass over all."""
     watched, tokens, seen = watched_sampling(sample_tokenizer, given, rotary=True, qk_norm=True)
     begin = 51 - 32 if given else 0  # of a prompt of 51 tokens, the last 32 are read
     monkeypatch.setattr(model, "causal_attention", sliding_attention)
@@ -2129,17 +2129,21 @@ def etude_notes(path):
 
 
 BAD_FLAGS = [
-    (["--chords", "Hm7"], "Hm7"), (["--chords", "C:x"], "x"), (["--chords", "C:999"], "999"), (["--chords", "C:nan"], "nan"),
-    (["--motif", "C4 Q5"], "Q5"), (["--motif", "[C4,]"], "note"), (["--scale", "D sour"], "sour"), (["--motif", "R R"], "note"),
-    (["--scale_lock", "x"], "scale"), (["--prompt", "nowhere.mid"], "nowhere.mid"), (["--prompt", "{noise}"], "noise.mid"),
-    (["--prompt", "{drums}"], "drums.mid"), (["--prompt", "{drums}", "--chords", "C"], "choose"), (["--top_p", "1.5"], "top_p"),
-    (["--temperatures", "-1"], "temperatures"), (["--temperatures", "nan"], "temperatures"), (["--seeds", "-3"], "seeds"),
-    (["--max_tokens", "0"], "max_tokens"), (["--window_drop", "0"], "window_drop"), (["--window_drop", "99"], "window_drop"),
-    (["--run", "{none}"], "none"), (["--run", "{hostile}"], "hostile"), (["--run", "{foreign}"], "foreign"),
-    (["--run", "{diverged}"], "diverged"), (["--run", "{headless}"], "heads 0: must be from 1"), (["--prompt_tokens", "5"], "prompt"),
-    (["--chords", ""], "--chords"), (["--scale_lock", ""], "scale"), (["--scale", "H minor"], "H minor"), (["--temperature", "1"], "--temperature"), (["--motif", "C4 B8"], "'B8'"),
-    (["--motif", "C4:x"], "'C4:x'"), (["--chords", "C:4", "--bpm", "10"], "at --bpm 10"), (["--chords", "C:nan"], "'C:nan'"), (["--chords", "C:1."], "'C:1.'"),
-    (["--run", "{rotary}", "--window_drop", "8"], "rotary"), (["--run", "{smaller}"], "smaller"),
+    (["--chords", "Hm7"], "Hm7"), (["--chords", "C:x"], "x"), (["--chords", "C:999"], "999"),
+    (["--chords", "C:nan"], "nan"), (["--motif", "C4 Q5"], "Q5"), (["--motif", "[C4,]"], "note"),
+    (["--scale", "D sour"], "sour"), (["--motif", "R R"], "note"), (["--scale_lock", "x"], "scale"),
+    (["--prompt", "nowhere.mid"], "nowhere.mid"), (["--prompt", "{noise}"], "noise.mid"),
+    (["--prompt", "{drums}"], "drums.mid"), (["--prompt", "{drums}", "--chords", "C"], "choose"),
+    (["--top_p", "1.5"], "top_p"), (["--temperatures", "-1"], "temperatures"),
+    (["--temperatures", "nan"], "temperatures"), (["--seeds", "-3"], "seeds"), (["--max_tokens", "0"], "max_tokens"),
+    (["--window_drop", "0"], "window_drop"), (["--window_drop", "99"], "window_drop"), (["--run", "{none}"], "none"),
+    (["--run", "{hostile}"], "hostile"), (["--run", "{foreign}"], "foreign"), (["--run", "{diverged}"], "diverged"),
+    (["--run", "{headless}"], "heads 0: must be from 1"), (["--prompt_tokens", "5"], "prompt"),
+    (["--chords", ""], "--chords"), (["--scale_lock", ""], "scale"), (["--scale", "H minor"], "H minor"),
+    (["--temperature", "1"], "--temperature"), (["--motif", "C4 B8"], "'B8'"), (["--motif", "C4:x"], "'C4:x'"),
+    (["--chords", "C:4", "--bpm", "10"], "at --bpm 10"), (["--chords", "C:nan"], "'C:nan'"),
+    (["--chords", "C:1."], "'C:1.'"), (["--run", "{rotary}", "--window_drop", "8"], "rotary"),
+    (["--run", "{smaller}"], "smaller"),
 ]  # fmt: skip
 
 
@@ -2312,7 +2316,10 @@ def test_sample_page_in_a_real_browser(tmp_path, browser):
     browser.click("section:nth-of-type(2) .roll", share=0.5)  # what can be seen of it are its first seconds
     now, sound, which = state()
     assert which == 1 and abs(now - browser.run(where + "return width / 2 / 40")) < 0.5
-    counted = "let n = 0, t = performance.now(); const f = () => { if (++n < 60) requestAnimationFrame(f); else done([n, performance.now() - t]) };"
+    counted = (
+        "let n = 0, t = performance.now();"
+        "const f = () => { if (++n < 60) requestAnimationFrame(f); else done([n, performance.now() - t]) };"
+    )
     frames, taken = browser.call(
         "POST", "/execute/async", {"script": "const done = arguments[0];" + counted + "f()", "args": []}
     )
@@ -2426,8 +2433,8 @@ def torch_tokens_per_second(cfg, rows, tokens):
     D, H, S = cfg.dim, cfg.heads, cfg.context
     weight = lambda *shape: 0.02 * torch.randn(*shape)
     blocks = [
-        {"qkv": weight(3 * D, D), "out": weight(D, D), "up": weight(4 * D, D), "down": weight(D, 4 * D), "scale": torch.ones(D),
-         "bias": torch.zeros(D), "up_bias": torch.zeros(4 * D)}
+        {"qkv": weight(3 * D, D), "out": weight(D, D), "up": weight(4 * D, D), "down": weight(D, 4 * D),
+         "scale": torch.ones(D), "bias": torch.zeros(D), "up_bias": torch.zeros(4 * D)}
         for _ in range(cfg.layers)
     ]  # fmt: skip
     token_VD, position_SD, head_VD = weight(cfg.vocab_size, D), weight(S, D), weight(cfg.vocab_size, D)
@@ -2454,7 +2461,7 @@ def torch_tokens_per_second(cfg, rows, tokens):
     return best
 
 
-# ------------------------------------------------------------------------------------------------------ the whole pipeline
+# --------------------------------------------------------------------------------------------------- the whole pipeline
 
 
 def test_three_commands_make_music(tmp_path):
