@@ -1,10 +1,10 @@
 """MIDI in, memmaps out: piano music becomes two flat files of token ids, ready for train.py.
 
-python tokenize.py                                compose études to learn from: needs no data, no network
-python tokenize.py ~/midi more.zip take.mid       any mix of folders, archives (.zip, .tar.gz) and files
-python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an archive's URL
-python tokenize.py asap.zip --out data/asap --report      and show what the tokens lose
-python tokenize.py ~/mine --tokenizer run/tokenizer.json  with the tokens of a run, to fine-tune it
+    python tokenize.py                                compose études to learn from: needs no data, no network
+    python tokenize.py ~/midi more.zip take.mid       any mix of folders, archives (.zip, .tar.gz) and files
+    python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an archive's URL
+    python tokenize.py asap.zip --out data/asap --report      and show what the tokens lose
+    python tokenize.py ~/mine --tokenizer run/tokenizer.json  with the tokens of a run, to fine-tune it
 """
 
 # A file becomes tokens in three steps, read_midi -> prepare -> encode. sample.py reads its prompts with them.

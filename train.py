@@ -1,10 +1,10 @@
 """Trains the piano transformer on every GPU, TPU or CPU device it sees.
 
-python train.py                                     # data/ -> run/, at a size that suits the device
-python train.py --data data/asap --run run/asap     # other data, another run
-python train.py --resume                            # go on after a kill, with the run's own flags
-python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3      # fine-tune
-python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
+    python train.py                                     # data/ -> run/, at a size that suits the device
+    python train.py --data data/asap --run run/asap     # other data, another run
+    python train.py --resume                            # go on after a kill, with the run's own flags
+    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3      # fine-tune
+    python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
 """
 
 # Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary.
@@ -634,9 +634,7 @@ def main(argv):
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     if args.compile_for is not None:
         return compile_report(args, mesh)
-    if (
-        args.precision == "float32" and devices[0].platform != "cpu"
-    ):  # Ampere GPUs and TPUs would round what they multiply
+    if args.precision == "float32" and devices[0].platform != "cpu":  # where products are rounded by default
         jax.config.update("jax_default_matmul_precision", "highest")
     data = Data(args.data, args.context)
     try:
