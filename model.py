@@ -6,6 +6,7 @@
 
 Names end in their shape where it changes:
     B batch   T tokens   S cached tokens   D width   H heads   K head size (D = H K)   E = 3 D   F = 4 D   V vocabulary
+    P = K / 2 pairs   L layers   N = 2 L + 1 places of dropout
 """
 
 import contextlib
@@ -156,7 +157,7 @@ class Block(eqx.Module):
         qkv_key, out_key, up_key, down_key = jax.random.split(key, 4)
         self.attention_norm, self.mlp_norm = eqx.nn.LayerNorm(D), eqx.nn.LayerNorm(D)
         self.qkv_DE = normal(qkv_key, D, 3 * D)
-        self.qk_scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None
+        self.qk_scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None  # at first, logits from -10 to 10
         self.out_DD, self.out_bias_D = normal(out_key, D, D, std=residual_std), jnp.zeros(D)
         self.up_DF, self.up_bias_F = normal(up_key, D, 4 * D), jnp.zeros(4 * D)
         self.down_FD, self.down_bias_D = normal(down_key, 4 * D, D, std=residual_std), jnp.zeros(D)
@@ -175,7 +176,8 @@ class Block(eqx.Module):
         if cache is None:
             mixed_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, cfg.attention)
         else:
-            slot = start % cache[0].shape[2]  # a ring: the newest token takes the place of the oldest
+            # a ring: the newest token takes the place of the oldest; several at once must not pass its end
+            slot = start % cache[0].shape[2]
             q_BHTK, *new = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
             cache = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=2) for pair in zip(cache, new))
             mixed_BTHK = jax.lax.platform_dependent(q_BHTK, *cache, start, cpu=attend_apart, default=attend)
@@ -247,7 +249,7 @@ def parameter_count(model):
 
 
 @contextlib.contextmanager
-def whole(path, mode="wb"):
+def atomic_write(path, mode="wb"):
     """A file to write that takes the place of `path` once it is complete: a kill or a full disk costs nothing."""
     beside = Path(f"{path}.tmp")
     try:
@@ -263,12 +265,15 @@ def whole(path, mode="wb"):
 def save(path, tree, **meta):
     """Write a tree of arrays and JSON-able facts as .npz, whole or not at all."""
     arrays = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    with whole(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, meta=json.dumps(meta), **jax.device_get(arrays))
 
 
 def load(path, like=()):
     """Read (tree, meta). Of `like`, a tree of arrays or a function of meta that builds one, only the shapes count.
+
+        load("run/last.ckpt", {"model": model, "optimizer": state})
+        load("run/best.ckpt", lambda meta: {"model": Decoder(Config(**meta["config"]), jax.random.key(0))})
 
     Parts of the file that `like` lacks (say, the optimizer's) are left unread. Nothing in the file is ever executed,
     and the zip format's checksums catch damage. ValueError, with one line that says why, where it can't be used.

@@ -38,7 +38,7 @@ from miditok.utils import get_bars_ticks
 from symusic import ControlChange, Note, Score, Tempo, Track
 from tqdm import tqdm
 
-from model import Config, Decoder, empty_cache, load, whole
+from model import Config, Decoder, atomic_write, empty_cache, load
 
 # Prompts take the very path of the training data. It is loaded from its file, under another name, because
 # `import tokenize` means the standard library's module.
@@ -75,7 +75,7 @@ def parse_flags():
                                      allow_abbrev=False)  # fmt: skip
     count, seconds = number(int, 1, 10**6), number(float, 0.01, 10**6)
     flag = parser.add_argument
-    flag("--run", type=Path, default="run", help="folder that train.py wrote (default: run)")
+    flag("--run", type=Path, default="run", help="folder that train.py wrote; its best.ckpt plays (default: run)")
     flag("--data", type=Path, help="folder of the training data, to compare with (default: the one trained on)")
     flag("--out", type=Path, default="samples", help="folder to write (default: samples); other files in it stay")
     flag("--wav", action="store_true", help="also write .wav files, from a small synthesizer")
@@ -551,7 +551,7 @@ def write_wav(path, notes):
         string = string * (velocity / 127) ** 1.7 * np.exp(-12 * after_release)
         begin, right = int(SAMPLE_RATE * start), 0.5 + (pitch - 64) / 160
         sound[begin : begin + len(string)] += string[:, None] * (1 - right, right)
-    with whole(path) as complete, wave.open(complete, "wb") as file:
+    with atomic_write(path) as complete, wave.open(complete, "wb") as file:
         file.setparams((2, 2, SAMPLE_RATE, len(sound), "NONE", ""))
         file.writeframes((sound * 29_000 / np.abs(sound).max()).astype("<i2").tobytes())
 
@@ -578,8 +578,8 @@ PAGE = """<!doctype html>
   b, a { color: #fff }
 </style>
 <header><button title="space bar">▶</button><span>Space bar: play and pause. A click on a piece plays from there.
-  Colour is loudness, the shaded part the prompt. Longest copy: the most successive notes that also stand in the
-  training music, in any key. In brackets: the same figure of held-out pieces.</span></header>
+  Colour is loudness, the shaded part the prompt. Longest copy: the longest run of notes that the training music has
+  too, in any key. In brackets: the mean of held-out pieces, cut to the same length.</span></header>
 <main></main>
 <script>
 const button = document.querySelector("button"), sections = PIECES.map(show);
@@ -657,7 +657,7 @@ def write_page(path, pieces, figures):
         end = float((piece.notes["time"] + piece.notes["duration"]).max())
         notes = np.stack([*piece.notes.values()], axis=1).astype(float).round(3).tolist()
         data.append({"name": piece.name, "end": end, "given": piece.given, "notes": notes, "figures": line})
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(PAGE.replace("PIECES", json.dumps(data)).encode())
 
 
@@ -731,7 +731,7 @@ def write(args, pieces, figures):
     for piece, line in zip(pieces, figures):
         print(f"{piece.name}: {line}")
         paths.append(args.out / f"{piece.name}.mid")
-        with whole(paths[-1]) as file:
+        with atomic_write(paths[-1]) as file:
             file.write(pedal_to_controls(piece.score).dumps_midi())
         if args.wav:
             paths.append(paths[-1].with_suffix(".wav"))

@@ -578,6 +578,9 @@ def main(args):
     print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
     takes = split(takes, args.val_fraction, args.split_by, args.seed)
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
+    share = sum(take.notes for take in val) / max(1, sum(take.notes for take in takes))
+    if share > 2 * args.val_fraction and args.split_by == "piece":
+        print(f"{share:.0%} of the notes are held out: a folder counts as one piece; for others use --split_by file")
     if not train or not val:
         raise Refused(f"two pieces are needed, one to train on, one to hold out; readable files: {len(takes)}")
 
@@ -618,7 +621,8 @@ if __name__ == "__main__":
     flag("--out", type=Path, default="data", help="folder to write (data)")
     flag("--transpose", type=int, default=0, metavar="K", help="training copies up to K semitones off (0)")
     flag("--val_fraction", type=float, default=0.1, help="share of the pieces to hold out (0.1)")
-    flag("--split_by", choices=["piece", "file"], default="piece", help="a piece is a folder (piece)")
+    flag("--split_by", choices=["piece", "file"], default="piece",
+         help="hold out whole folders, each with the takes of a piece, or single files (piece)")  # fmt: skip
     flag("--etudes", type=int, default=2000, help="études to compose without SOURCE (2000)")
     flag("--report", action="store_true", help="print what the tokens lose (meta.json has it anyway)")
     flag("--workers", type=int, default=os.cpu_count() or 1, help="processes that read files (one a core)")
@@ -639,6 +643,8 @@ if __name__ == "__main__":
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     given = [name for name in ("vocab_size", *MUSICAL) if getattr(args, name) != parser.get_default(name)]
+    if args.sources and args.etudes != parser.get_default("etudes"):
+        parser.error(f"--etudes {args.etudes}: études are composed where no SOURCE is named; leave out one of them")
     if args.tokenizer is not None and given:
         parser.error(f"--tokenizer {args.tokenizer} has its own --{given[0]}: leave out one of them")
 

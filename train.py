@@ -45,7 +45,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from model import Config, Decoder, load, parameter_count, save, whole
+from model import Config, Decoder, atomic_write, load, parameter_count, save
 
 SIZES = {  # flags that a size sets, unless they are given
     "tiny": dict(dim=128, heads=4, layers=4, context=256, dropout=0.0, batch_size=8, learning_rate=3e-3, steps=1600),
@@ -66,7 +66,7 @@ GPUS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989
 COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
            "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
 # flags that a checkpoint does not keep
-THIS_LAUNCH = ["run", "resume", "init_from", "max_hours", "multihost", "compile_for", "attention"]
+THIS_LAUNCH = ["run", "resume", "source", "max_hours", "multihost", "compile_for", "attention"]
 DIVERGED = """
 The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. Checkpoints in
 {run} are from before. Try a lower --learning_rate, a longer --warmup (now {warmup}) or --precision float32."""
@@ -83,7 +83,7 @@ LAUNCHED = time.time()
 
 def as_flags(values):
     """{"dim": 64, "rotary": True, "tied": False} -> ["--dim=64", "--rotary"]."""
-    given = {name: value for name, value in values.items() if value is not False}
+    given = {name: value for name, value in values.items() if value is not False and value is not None}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
@@ -111,7 +111,7 @@ def make_parser():
 
     add = parser.add_argument_group("training").add_argument
     add("--recipe", choices=RECIPES, help="original: TchAIkovsky's; modern: Muon, rotary, QK-norm, no dropout")
-    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices, at twice the learning rate")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices (the default rate doubles)")
     add("--steps", type=int, help="optimizer steps")
     add("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result (1)")
@@ -153,7 +153,7 @@ def blaming(what, advice=""):
 def read_flags(argv):
     """Flags given win over those of the checkpoint, these over the size's. Returns them and the devices to run on."""
     parser = make_parser()
-    args = parser.parse_args(argv)  # for the flags that set the defaults of others
+    args = parser.parse_args(argv)  # to find the size, the recipe and the checkpoint
     if args.resume and args.init_from is not None:
         fail("--resume goes on from RUN/last.ckpt, --init_from from another checkpoint: leave out one of them")
     if args.wandb and not importlib.util.find_spec("wandb"):
@@ -175,7 +175,7 @@ def read_flags(argv):
         defaults |= saved if args.resume else decided
     # as if they were typed first, so that they are checked too and what was really typed wins
     args = parser.parse_args(as_flags(defaults) + argv)
-    args.init_from = source
+    args.source = source
     for name, value in decided.items():
         if getattr(args, name) != value:
             fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
@@ -246,7 +246,7 @@ class Data:
 
     def __init__(self, folder, context):
         self.folder, self.tokens, self.starts = Path(folder), {}, {}  # starts: where BOS stands
-        with blaming(f"--data {folder}", f"; make it anew: python tokenize.py --out {folder}"):
+        with blaming(f"--data {folder}", f"; such a folder is made by: python tokenize.py SOURCE --out {folder}"):
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
             self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
@@ -258,10 +258,12 @@ class Data:
                 self.starts[split] = np.flatnonzero(tokens == self.meta["bos"])
                 if len(tokens) != facts["tokens"]:
                     raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {facts['tokens']}")
-                if len(tokens) <= context:
-                    raise ValueError(f"{split}.bin: {len(tokens)} tokens are too few for --context {context}: lower it")
                 if vocab_size not in range(tokens.max() + 1, 2**32):
                     raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
+        for split, tokens in self.tokens.items():
+            if len(tokens) <= context:
+                fail(f"--data {folder}: the {len(tokens)} tokens of {split}.bin are too few for --context {context}; "
+                     "take more music or a model of less context")  # fmt: skip
 
     def windows(self, split, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
@@ -276,8 +278,9 @@ class Data:
         first = self.starts["train"][np.maximum(piece, 0)]
         if args.windows == "chunks":
             starts -= (starts - first) % args.context
-        else:  # some from BOS, which position 0 would hardly ever see by chance
+        else:  # some from a piece's start, which would hardly ever stand at position 0 by chance, as when sampling
             starts = np.where(rng.random(args.batch_size) < args.bos_share, first, starts)
+        # a window may run on into the next piece, which BOS announces
         return self.windows("train", starts, args.context + 1).reshape(args.accumulate, -1, args.context + 1)
 
 
@@ -386,7 +389,7 @@ def evaluate(args, data, mesh, eval_step, model):
 
 def fresh_or_restored(args, data, mesh, optimizer):
     """The state to train, on every device, and the facts of the run: from scratch, from other weights, or resumed."""
-    run, source = Path(args.run), args.init_from
+    run, source = Path(args.run), args.source
     if any(run.glob("*.ckpt")) and not args.resume:
         fail(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
     if (run / "meta.json").exists():
@@ -433,7 +436,7 @@ def record(args, rows):
         if not wandb.run:
             wandb.init(project="tchaikovsky", dir=run, config=vars(args))
         wandb.log(row, step=row["step"])
-    with whole(run / "log.csv", "w") as file:
+    with atomic_write(run / "log.csv", "w") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -445,7 +448,7 @@ def record(args, rows):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), style, label=label)
     axes.legend()
-    with whole(run / "loss.png") as file:
+    with atomic_write(run / "loss.png") as file:
         figure.savefig(file, dpi=120)
 
 
@@ -483,14 +486,14 @@ class Stop:
 
 
 def train(args, data, mesh):
-    """Returns the rows of log.csv and why the run stopped."""
+    """Returns the rows of log.csv and the Stop, which knows whether and why the run ended early."""
     optimizer, schedule = make_optimizer(args)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = fresh_or_restored(args, data, mesh, optimizer)
     run, first, rows, main_process = Path(args.run), facts["step"], facts["rows"], jax.process_index() == 0
     if main_process:
         introduce(args, data, mesh, state["model"])
-        with whole(run / "tokenizer.json") as file:
+        with atomic_write(run / "tokenizer.json") as file:
             file.write(data.tokenizer)
         print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
@@ -538,7 +541,8 @@ def introduce(args, data, mesh, model):
     share = counts[counts > 0] / counts.sum()
     entropy = -(share * np.log(share)).sum()
     kind = mesh.devices.flat[0].device_kind
-    print(f"{mesh.size} x {kind}, {args.precision}: --size {args.size}, {parameter_count(model):,} parameters")
+    print(f"{mesh.size} x {kind}, {args.precision}: --size {args.size}, {parameter_count(model):,} parameters, "
+          f"--optimizer {args.optimizer}")  # fmt: skip
     print(f"{train['tokens']:,} tokens, vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
           f"({entropy * val['tokens'] / val['notes']:.3f} per note)")  # fmt: skip
 
@@ -642,11 +646,15 @@ def main(argv):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        fail(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less")
+        fail(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less memory")
     except OSError as error:
         fail(f"--run {args.run}: {error}; the checkpoints there are whole")
     if jax.process_index() != 0:
         sys.exit(stop.exit_code)
+    evaluated = [row for row in rows if "val_nats_per_note" in row]
+    if evaluated:
+        best = min(evaluated, key=lambda row: row["val_nats_per_note"])
+        print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
     print(f"hear it: python sample.py --run {args.run}")
     column = lambda name: [row[name] for row in rows if name in row] or [np.nan]
     per_note, per_token = column("val_nats_per_note")[-1], column("val_nats_per_token")[-1]
