@@ -1441,6 +1441,8 @@ def test_bfloat16_computes_in_bfloat16_and_loses_in_float32():
 def test_fine_tuning_starts_from_the_weights_and_refuses_another_tokenizer(markov, trained, tmp_path, capsys):
     flags = ["--init_from", trained / "best.ckpt", "--steps", 1, "--learning_rate", 0]
     run_train("--data", markov, "--run", tmp_path / "tuned", *flags)
+    said = re.findall(r"(before fine-tuning|best.ckpt|final): .*val_nats_per_note=([\d.]+)", capsys.readouterr().out)
+    assert len(said) == 2 + 1 and len({value for _, value in said}) == 1
     before, after = np.load(trained / "best.ckpt"), np.load(tmp_path / "tuned/best.ckpt")
     for name in set(before.files) - {"meta"}:
         np.testing.assert_array_equal(before[name], after[name])

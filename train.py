@@ -496,6 +496,10 @@ def train(args, data, mesh):
         with atomic_write(run / "tokenizer.json") as file:
             file.write(data.tokenizer)
         print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
+    if args.init_from and not first:
+        nats_per_note = evaluate(args, data, mesh, eval_step, state["model"])["val_nats_per_note"]
+        if main_process:
+            print(f"before fine-tuning: val_nats_per_note={nats_per_note:.4f}")
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.draw(args, first))
     if first < args.steps:
