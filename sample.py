@@ -754,10 +754,11 @@ def main():
         grammar = build_grammar(tokenizer, {pitch % 12 for pitch in locked})
         if args.prompt and args.prompt.resolve().parent == args.out.resolve():
             raise ValueError(f"--prompt {args.prompt}: lies in --out, whose files are replaced; name another --out")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # can it be written to?
-    except ValueError as error:
-        parser.error(str(error))
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
     try:

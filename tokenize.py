@@ -578,9 +578,6 @@ def main(args):
     print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
     takes = split(takes, args.val_fraction, args.split_by, args.seed)
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
-    share = sum(take.notes for take in val) / max(1, sum(take.notes for take in takes))
-    if share > 2 * args.val_fraction and args.split_by == "piece":
-        print(f"{share:.0%} of the notes are held out: a folder counts as one piece; for others use --split_by file")
     if not train or not val:
         raise Refused(f"two pieces are needed, one to train on, one to hold out; readable files: {len(takes)}")
 
@@ -596,6 +593,9 @@ def main(args):
     meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
     meta["train"] = write_side(work / "train.bin", train, base, tokenizer, args.transpose, meta["dtype"])
     meta["val"] = write_side(work / "val.bin", val, base, tokenizer, 0, meta["dtype"])
+    share = meta["val"]["notes"] / (meta["train"]["notes"] + meta["val"]["notes"])
+    if share > 2 * args.val_fraction and args.split_by == "piece":
+        print(f"{share:.0%} of the notes are held out: a folder counts as one piece; for others use --split_by file")
     meta |= {"settings": vars(args), "skipped": reasons, "round_trip": round_trip(takes, tokenizer)}
     if args.report:
         print("round trip of {files} files: {notes_lost} of {notes:,} notes lost, {tokens_per_note} tokens a note, "

@@ -260,6 +260,8 @@ class Data:
                     raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {facts['tokens']}")
                 if vocab_size not in range(tokens.max() + 1, 2**32):
                     raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
+                if not (len(self.starts[split]) and facts["notes"] > 0 and facts["seconds"] > 0):
+                    raise ValueError(f"there is no music in {split}.bin")
         for split, tokens in self.tokens.items():
             if len(tokens) <= context:
                 fail(f"--data {folder}: the {len(tokens)} tokens of {split}.bin are too few for --context {context}; "
@@ -475,6 +477,7 @@ class Stop:
         if logging and self.out_of_time():
             self.reason = self.reason or "--max_hours"
         if jax.process_count() > 1:
+            # what all have heard counts, not self.reason, which a signal may set in the meantime
             if logging and multihost_utils.process_allgather(np.array(self.reason is not None)).any():
                 self.reason = self.reason or "another process"
                 return True
@@ -660,10 +663,10 @@ def main(argv):
         best = min(evaluated, key=lambda row: row["val_nats_per_note"])
         print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
     print(f"hear it: python sample.py --run {args.run}")
-    column = lambda name: [row[name] for row in rows if name in row] or [np.nan]
-    per_note, per_token = column("val_nats_per_note")[-1], column("val_nats_per_token")[-1]
-    print(f"final: val_nats_per_note={per_note:.4f} val_nats_per_token={per_token:.4f} "
-          f"tokens_per_second={np.median(column('tokens_per_second')):.0f}")  # fmt: skip
+    last = evaluated[-1] if evaluated else dict.fromkeys(COLUMNS, np.nan)
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row] or [np.nan]
+    print(f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
+          f"val_nats_per_token={last['val_nats_per_token']:.4f} tokens_per_second={np.median(rates):.0f}")  # fmt: skip
     if stop.reason:
         print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
         sys.exit(stop.exit_code)
