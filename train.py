@@ -3,371 +3,303 @@
     python train.py                                     # data/ -> run/, at a size that suits the device
     python train.py --data data/asap --run run/asap     # other data, another run
     python train.py --resume                            # go on after a kill, with the run's own flags
-    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3      # fine-tune
-    python train.py --compile_for v5e:2x4 --size base   # does it fit TPUs that you don't have? (pip install libtpu)
+    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3
+
+The last line fine-tunes. RUN receives last.ckpt, best.ckpt (what sample.py plays), log.csv and loss.png.
 """
 
-# Names end in their shape: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary.
+# Shapes of arrays: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary; see model.py.
 
 import os
 import signal
 import sys
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save: no traceback
-
-# XLA allocates what a step needs anew at each step. In huge pages, a step on CPU takes a sixth less time, but glibc
-# reads that setting only when a program starts: so a plain `python train.py` on Linux (no notebook) starts once more.
-if __name__ == "__main__" and sys.platform == "linux" and sys.argv == sys.orig_argv[1:]:
-    if "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: in a notebook, whose kernel must live on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import functools
+import difflib
 import hashlib
 import importlib.util
 import json
 import re
 import time
-from collections import Counter
 from pathlib import Path
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from jax.experimental import multihost_utils, topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from model import Config, Decoder, atomic_write, load, parameter_count, save
+from model import Config, Decoder, Refused, atomic_write, causal_attention, load, parameter_count, save
 
-SIZES = {  # flags that a size sets, unless they are given
-    "tiny": dict(dim=128, heads=4, layers=4, context=256, dropout=0.0, batch_size=8, learning_rate=3e-3, steps=1600),
-    "small": dict(dim=384, heads=6, layers=6, context=1024, batch_size=32, learning_rate=1e-3, steps=10_000),
-    "base": dict(dim=768, heads=12, layers=12, context=1024, batch_size=64, learning_rate=6e-4, steps=20_000),
+# ------------------------------------------------------------------------------------ the knobs
+
+SIZES = {  # flags that a size sets, unless they are typed
+    "tiny": dict(dim=128, heads=4, layers=4, context=256, dropout=0.0, batch_size=8,
+                 learning_rate=3e-3, max_steps=1600),
+    "small": dict(dim=384, heads=6, layers=6, context=1024, dropout=0.1, batch_size=32,
+                  learning_rate=1e-3, max_steps=10_000),
+    "base": dict(dim=768, heads=12, layers=12, context=1024, dropout=0.1, batch_size=64,
+                 learning_rate=6e-4, max_steps=20_000),
+}  # fmt: skip
+RECIPES = {  # flags that a recipe sets, unless they are typed
+    "default": dict(),
+    "original": dict(windows="chunks", bos_share=0.0, learning_rate=1e-3, dropout=0.1),
+    "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
-RECIPES = {  # what the README compares; flags that a recipe sets, unless they are given
-    "default": dict(optimizer="adamw", windows="random", bos_share=0.1),
-    "original": dict(optimizer="adamw", windows="chunks", bos_share=0.0, learning_rate=1e-3, dropout=0.1),
-    "modern": dict(optimizer="muon", windows="random", bos_share=0.1, rotary=True, qk_norm=True, dropout=0.0),
-}
-TPUS = {  # part of the name: peak dense bfloat16 TFLOP/s, memory in GiB, clock in GHz (for --compile_for)
-    "TPU v2": (22.5, 8, 0.7), "TPU v3": (61.5, 16, 0.94), "TPU v4": (275, 32, 1.05), "TPU v5 lite": (197, 16, 1.5),
-    "TPU v5e": (197, 16, 1.5), "TPU v5": (459, 95, 1.75), "TPU v6": (918, 32, 1.75),
-}  # the first that matches counts  # fmt: skip
-GPUS = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "L4": 121, "RTX 3090": 71,
-        "RTX 4090": 165}  # TFLOP/s alone  # fmt: skip
-COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
-           "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
-# flags that a checkpoint does not keep
-THIS_LAUNCH = ["run", "resume", "source", "max_hours", "multihost", "compile_for", "attention"]
-DIVERGED = """
-The run diverged: at step {step} the loss is {train_loss:.3f} and the gradient's norm {grad_norm:.3g}. Checkpoints in
-{run} are from before. Try a lower --learning_rate, a longer --warmup (now {warmup}) or --precision float32."""
-NETWORK = dict(  # flags that a checkpoint decides
-    dim="width of the residual stream", heads="attention heads", layers="blocks", context="most tokens seen at once",
-    rotary="turn queries and keys by their position, instead of learned positions",
-    qk_norm="queries and keys of length 1", tied="one matrix for the token embedding and the head",
-)  # fmt: skip
-LAUNCHED = time.time()
+NETWORK = "dim", "heads", "layers", "context", "rotary", "qk_norm"  # flags that given weights decide
+THIS_LAUNCH = "run", "resume", "init_from", "max_hours", "multihost", "attention"  # that no checkpoint keeps
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
-
-
-def as_flags(values):
-    """{"dim": 64, "rotary": True, "tied": False} -> ["--dim=64", "--rotary"]."""
-    given = {name: value for name, value in values.items() if value is not False and value is not None}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
 
 def make_parser():
-    style = argparse.RawDescriptionHelpFormatter
-    sets = "\n".join(f"  {name:8s} {' '.join(as_flags(values))}" for name, values in (SIZES | RECIPES).items())
-    sets = f"what sizes and recipes set, where you don't:\n{sets}"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS, epilog=sets,
-                                     allow_abbrev=False)  # fmt: skip
-    add = parser.add_argument_group("what and where").add_argument
-    add("--data", default="data", help="folder written by tokenize.py")
-    add("--run", default="run", help="folder for checkpoints, log.csv and loss.png")
-    add("--resume", action="store_true", help="go on from RUN/last.ckpt with its flags; flags given here win")
-    add("--init_from", metavar="CKPT", help="start from these weights (fine-tuning)")
-    add("--seed", type=int, default=0)
-    add("--wandb", action=argparse.BooleanOptionalAction, default=False, help="log there too (pip install wandb)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
+    )
+    yes_or_no = argparse.BooleanOptionalAction
+    knob = parser.add_argument_group("what and where").add_argument
+    knob("--data", default="data", help="folder written by tokenize.py")
+    knob("--run", default="run", help="folder for checkpoints, log.csv and loss.png")
+    knob("--resume", action="store_true", help="go on from RUN/last.ckpt with its flags")
+    knob("--init_from", metavar="CKPT", help="start from these weights (fine-tuning)")
+    knob("--seed", type=int, default=0, help="of the first weights, windows and dropout")
+    knob("--wandb", action=yes_or_no, default=False, help="log there too (pip install wandb)")
 
-    add = parser.add_argument_group("model (the size sets what you don't)").add_argument
-    add("--size", choices=SIZES, help="default: tiny on CPU, base on GPU and TPU")
-    for name, meaning in NETWORK.items():
-        default = getattr(Config, name)
-        kind = {"action": argparse.BooleanOptionalAction} if default is False else {"type": type(default)}
-        add(f"--{name}", **kind, default=default, help=meaning)
-    add("--dropout", type=float, default=Config.dropout, help="share of the activations that training zeroes")
+    knob = parser.add_argument_group("model (the size sets what you don't)").add_argument
+    knob("--size", choices=SIZES, help="default: tiny on CPU, base on GPU and TPU")
+    knob("--dim", type=int, help="width of the residual stream")
+    knob("--heads", type=int, help="attention heads")
+    knob("--layers", type=int, help="blocks")
+    knob("--context", type=int, help="most tokens seen at once")
+    knob("--rotary", action=yes_or_no, default=False, help="rotary instead of learned positions")
+    knob("--qk_norm", action=yes_or_no, default=False, help="queries and keys of length 1")
+    knob("--dropout", type=float, help="share of the activations that training zeroes, under 1")
 
-    add = parser.add_argument_group("training").add_argument
-    add("--recipe", choices=RECIPES, help="original: TchAIkovsky's; modern: Muon, rotary, QK-norm, no dropout")
-    add("--optimizer", choices=["adamw", "muon"], help="muon: for the blocks' matrices (the default rate doubles)")
-    add("--steps", type=int, help="optimizer steps")
-    add("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
-    add("--accumulate", type=int, default=1, help="micro-batches a step: less memory, the same result (1)")
-    add("--learning_rate", type=float, help="its peak, after the warm-up; it falls to a tenth by a cosine")
-    add("--warmup", type=int, help="steps; default: a tenth of them, 1000 at most")
-    add("--weight_decay", type=float, default=0.1, help="of the blocks' matrices and, with adamw, the head's (0.1)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient (1)")
-    add("--windows", choices=["random", "chunks"], help="start anywhere, or at multiples of --context in a piece")
-    add("--bos_share", type=float, help="share of windows that start where their piece starts")
-    add("--precision", choices=["float32", "bfloat16"], help="of the computation; default: bfloat16 on GPU and TPU")
-    add("--log_every", type=int, default=20, help="steps (20)")
-    add("--eval_every", type=int, help="steps; default: ten times a run")
-    add("--save_every", type=int, help="steps; in any case at every evaluation")
-    add("--max_hours", type=float, default=float("inf"), help="save and stop before this much time has passed")
+    knob = parser.add_argument_group("training").add_argument
+    knob("--recipe", choices=RECIPES, default="default", help="original: TchAIkovsky's; modern: see RECIPES")
+    knob("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices")
+    knob("--steps", type=int, help="optimizer steps; by default the least of the next two")
+    knob("--max_steps", type=int, help="the size's number of steps")
+    knob("--max_passes", type=float, default=40, help="over the training tokens; more would not help")
+    knob("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
+    knob("--accumulate", type=int, default=1, help="micro-batches a step: less memory, same result")
+    knob("--learning_rate", type=float, help="its peak; muon takes twice as much")
+    knob("--warmup", type=int, help="steps until the peak; default: a tenth of them, 1000 at most")
+    knob("--weight_decay", type=float, default=0.1, help="of the blocks' matrices and the head")
+    knob("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    knob("--windows", choices=["random", "chunks"], default="random", help="chunks: at multiples of --context")
+    knob("--bos_share", type=float, default=0.1, help="share of windows that start where a piece starts")
+    knob("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU (Ampere) and TPU")
+    knob("--log_every", type=int, default=20, help="steps")
+    knob("--eval_every", type=int, help="steps; default: ten times a run")
+    knob("--save_every", type=int, help="steps; in any case at every evaluation")
+    knob("--max_hours", type=float, default=float("inf"), help="save and stop before so long has passed")
 
-    add = parser.add_argument_group("machines").add_argument
-    add("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I", help="one of several hosts, which share --data "
-        "and --run: found by itself on TPU pods and SLURM; else process 0's address, how many, and which")  # fmt: skip
-    add("--attention", choices=["splash", "cudnn", "xla"], help="default: the fastest here")
-    add("--compile_for", metavar="TOPOLOGY", help="compile for TPUs elsewhere (v5e:2x4, v3:2x2x1) and report")
+    knob = parser.add_argument_group("machines").add_argument
+    knob("--attention", choices=["splash", "cudnn", "xla"], help="default: the fastest that works here")
+    knob("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I",
+         help="one of several hosts, which share --data and --run: found by itself on TPU pods and "
+         "SLURM; else process 0's address, how many, and which")  # fmt: skip
     return parser
 
 
-def fail(message):
-    """A user's mistake: one line and exit code 2, no traceback."""
-    make_parser().error(message)
-
-
-@contextlib.contextmanager
-def blaming(what, advice=""):
-    """Whatever fails in here is a user's mistake, too."""
-    try:
-        yield
-    except Exception as error:
-        says_why = isinstance(error, (OSError, RuntimeError, ValueError)) and str(error)
-        fail(f"{what}: {str(error).splitlines()[0] if says_why else repr(error)}{advice}")
-
-
-def read_flags(argv):
-    """Flags given win over those of the checkpoint, these over the size's. Returns them and the devices to run on."""
+def parse_flags(argv, devices):
+    """Flags that were typed win over the checkpoint's, these over the recipe's, these over the size's."""
     parser = make_parser()
-    args = parser.parse_args(argv)  # to find the size, the recipe and the checkpoint
-    if args.resume and args.init_from is not None:
-        fail("--resume goes on from RUN/last.ckpt, --init_from from another checkpoint: leave out one of them")
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        fail("--wandb: pip install wandb")
-    if args.multihost is not None:
-        with blaming(f"--multihost {args.multihost}"):
-            address, *numbers = args.multihost.split(",") if args.multihost else [None]
-            jax.distributed.initialize(address, *map(int, numbers))
-    with blaming(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}", "; JAX finds no such device"):
-        devices = topology_devices(args.compile_for) if args.compile_for is not None else jax.devices()
-
-    defaults, decided = defaults_for(args, devices[0]), {}  # decided: by the checkpoint
-    source = f"{args.run}/last.ckpt" if args.resume else args.init_from
-    if source is not None:
-        with blaming("no checkpoint of train.py to start from"):
-            saved = {name: value for name, value in load(source)[1]["flags"].items() if name in vars(args)}
-            names = [*NETWORK, "size", "recipe", "optimizer"] if args.resume else NETWORK
-            decided = {name: saved[name] for name in names}
-        defaults |= saved if args.resume else decided
-    # as if they were typed first, so that they are checked too and what was really typed wins
-    args = parser.parse_args(as_flags(defaults) + argv)
-    args.source = source
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        raise Refused(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}?" for name in nearest))
+    if typed.resume and typed.init_from:
+        raise Refused("--resume goes on from RUN/last.ckpt, --init_from from another checkpoint: choose one")
+    size = typed.size or ("tiny" if devices[0].platform == "cpu" else "base")
+    preset = {"size": size} | SIZES[size] | RECIPES[typed.recipe]
+    preset["precision"] = "bfloat16" if computes_in_bfloat16(devices[0]) else "float32"
+    decided = {}  # by the weights that training starts from
+    source = f"{typed.run}/last.ckpt" if typed.resume else typed.init_from
+    if source:
+        saved = load(source)[1].get("flags")
+        if saved is None:
+            raise Refused(f"{source}: no checkpoint of train.py")
+        names = [*NETWORK, "size", "recipe", "optimizer"] if typed.resume else NETWORK
+        decided = {name: saved[name] for name in names if name in saved}
+        preset |= {name: saved[name] for name in saved if hasattr(typed, name)} if typed.resume else decided
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
     for name, value in decided.items():
         if getattr(args, name) != value:
-            fail(f"--{name} {getattr(args, name)}: {source} was made with {value}")
-    check(args, devices)
-    return args, devices
+            raise Refused(f"--{name} {getattr(args, name)}: {source} was made with {value}")
+    return args
 
 
-def defaults_for(args, device):
-    """What the device, the size and the recipe set, where the flags given (args) don't."""
-    size, recipe = args.size or ("tiny" if device.platform == "cpu" else "base"), args.recipe or "default"
-    defaults = {"size": size, "recipe": recipe} | SIZES[size] | RECIPES[recipe]
-    defaults["precision"] = "bfloat16" if device.platform == "tpu" or is_ampere(device) else "float32"
-    if (args.optimizer or defaults["optimizer"]) == "muon":
-        defaults["learning_rate"] *= 2  # learns faster, at the size that the README compares
-    steps = args.steps or defaults["steps"]
-    return defaults | dict(warmup=min(steps // 10, 1000), eval_every=max(1, steps // 10), save_every=steps)
-
-
-def is_ampere(device):
-    """An NVIDIA GPU of that or a later generation? An AMD GPU's capability reads, for example, gfx942."""
-    return re.fullmatch(r"([89]|\d\d)\.\d", str(getattr(device, "compute_capability", ""))) is not None
-
-
-def check(args, devices):
-    """Refuse what cannot be, and choose the kernel for attention."""
-    usual = {int: (1, 2**32), float: (0, 1e9)}
-    limits = dict(seed=(0, 2**32 - 1), warmup=(0, 2**32), batch_size=(1, 2**20), dropout=(0, 0.99), bos_share=(0, 1),
-                  grad_clip=(1e-9, 1e9), max_hours=(0, np.inf))  # fmt: skip
-    for name, value in vars(args).items():
-        if type(value) in usual:
-            low, high = limits.get(name, usual[type(value)])
-            if not low <= value <= high:
-                fail(f"--{name} {value}: must be from {low} to {high}")
-    try:
-        Config(**{name: getattr(args, name) for name in NETWORK})
-    except ValueError as error:
-        fail(f"--{error}")
-    kind = devices[0].device_kind
-    kernels = {  # and what they can do
-        "splash": kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0,
-        "cudnn": is_ampere(devices[0]) and args.dim // args.heads in range(8, 129, 8),
-    }
-    usable = [name for name, fits in kernels.items() if fits and args.precision == "bfloat16"] + ["xla"]
-    args.attention = args.attention or usable[0]
-    if args.attention not in usable:
-        fail(f"--attention {args.attention}: this device, --precision and shape allow {' or '.join(usable)}")
-    unit = len(devices) * args.accumulate
-    if args.batch_size % unit:
-        nearest = max(1, round(args.batch_size / unit)) * unit
-        fail(f"--batch_size {args.batch_size}: does not divide over {len(devices)} devices x --accumulate "
-             f"{args.accumulate}; the nearest that does is {nearest}")  # fmt: skip
-
-
-def device_limits(device):
-    """Peak bfloat16 FLOP/s, memory in bytes and clock in Hz; NaN where not known."""
-    gpus = {name: (tera_flops, np.nan, np.nan) for name, tera_flops in GPUS.items()}
-    for name, (tera_flops, gibibytes, giga_hertz) in (TPUS | gpus).items():
-        if re.search(name + r"(?!\d)", device.device_kind):  # an L40S is no L4
-            return 1e12 * tera_flops, 2**30 * gibibytes, 1e9 * giga_hertz
-    return np.nan, np.nan, np.nan
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------ batch
 
 
 class Data:
-    """The folder that tokenize.py wrote, checked: JAX would silently clamp an id beyond the vocabulary."""
+    """The folder that tokenize.py wrote. The tokens stay on disk; windows of them are read as needed."""
 
     def __init__(self, folder, context):
-        self.folder, self.tokens, self.starts = Path(folder), {}, {}  # starts: where BOS stands
-        with blaming(f"--data {folder}", f"; such a folder is made by: python tokenize.py SOURCE --out {folder}"):
+        self.folder, self.tokens, self.starts = Path(folder), {}, {}  # starts: where each BOS stands
+        try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
-            self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
-            if self.sha256 != self.meta["tokenizer_sha256"]:
-                raise ValueError("tokenizer.json is not the one that wrote the tokens")
-            for split in ("train", "val"):
-                facts, vocab_size = self.meta[split], self.meta["vocab_size"]
-                tokens = self.tokens[split] = np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
-                self.starts[split] = np.flatnonzero(tokens == self.meta["bos"])
-                if len(tokens) != facts["tokens"]:
-                    raise ValueError(f"{split}.bin holds {len(tokens)} tokens, not {facts['tokens']}")
-                if vocab_size not in range(tokens.max() + 1, 2**32):
-                    raise ValueError(f"{split}.bin holds token {tokens.max()}, the vocabulary {vocab_size}")
-                if not (len(self.starts[split]) and facts["notes"] > 0 and facts["seconds"] > 0):
-                    raise ValueError(f"there is no music in {split}.bin")
-        for split, tokens in self.tokens.items():
+            for side in ("train", "val"):
+                self.tokens[side] = np.memmap(self.folder / f"{side}.bin", self.meta["dtype"], "r")
+        except (OSError, ValueError) as error:
+            raise Refused(f"--data {folder}: {error}; python tokenize.py SOURCE --out {folder} makes one")
+        self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
+        if self.sha256 != self.meta["tokenizer_sha256"]:
+            raise Refused(f"--data {folder}: tokenizer.json is not the one that wrote the tokens")
+        for side, tokens in self.tokens.items():
+            self.starts[side] = np.flatnonzero(tokens == self.meta["bos"])
+            if len(tokens) != self.meta[side]["tokens"] or len(self.starts[side]) == 0:
+                raise Refused(f"--data {folder}: {side}.bin is cut short or without music")
+            if tokens.max() >= self.meta["vocab_size"]:  # which JAX would clamp in silence
+                raise Refused(f"--data {folder}: {side}.bin holds ids beyond the vocabulary")
             if len(tokens) <= context:
-                fail(f"--data {folder}: the {len(tokens)} tokens of {split}.bin are too few for --context {context}; "
-                     "take more music or a model of less context")  # fmt: skip
+                raise Refused(
+                    f"--data {folder}: the {len(tokens)} tokens of {side}.bin are too few for --context "
+                    f"{context}; take more music or less context"
+                )
 
-    def windows(self, split, starts, length):
+    def windows(self, side, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
-        places = np.minimum(starts[:, None] + np.arange(length), len(self.tokens[split]) - 1)
-        return np.asarray(self.tokens[split][places], np.int32)
+        places = np.minimum(starts[:, None] + np.arange(length), len(self.tokens[side]) - 1)
+        return np.asarray(self.tokens[side][places], np.int32)
 
-    def draw(self, args, step):
-        """The step's windows [A, B, T + 1]: a function of seed and step, so that a resumed run draws the same."""
+    def batch(self, args, step):
+        """The windows [A, B, T + 1] of a step: a function of seed and step, so a resumed run draws the same."""
         rng = np.random.default_rng((args.seed, step))
         starts = rng.integers(len(self.tokens["train"]) - args.context, size=args.batch_size)
         piece = np.searchsorted(self.starts["train"], starts, side="right") - 1
         first = self.starts["train"][np.maximum(piece, 0)]
         if args.windows == "chunks":
             starts -= (starts - first) % args.context
-        else:  # some from a piece's start, which would hardly ever stand at position 0 by chance, as when sampling
+        else:  # some from a piece's start, where sampling starts, too
             starts = np.where(rng.random(args.batch_size) < args.bos_share, first, starts)
         # a window may run on into the next piece, which BOS announces
-        return self.windows("train", starts, args.context + 1).reshape(args.accumulate, -1, args.context + 1)
+        windows = self.windows("train", starts, args.context + 1)
+        return windows.reshape(args.accumulate, -1, args.context + 1)
 
 
-def put(mesh, spec, array):
-    """Host array -> devices. On several hosts each passes the same array and keeps the rows of its own devices."""
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
-
-
-# ------------------------------------------------------------------------------------------------------------- the step
+# ------------------------------------------------------------------------------------ loss and step
 
 REPLICATED, ROWS, MICRO_ROWS = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
 
 
-def make_optimizer(args):
-    """Clipping, then AdamW or Muon (Jordan 2024, Liu et al. 2025); its schedule: warm-up, then a cosine to a tenth."""
-    warmup = min(args.warmup, args.steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps, args.learning_rate / 10)
-    common = dict(learning_rate=schedule, weight_decay=args.weight_decay)
-    matrices = ("qkv_DE", "out_DD", "up_DF", "down_FD")
-    if args.optimizer == "muon":  # with updates as large as AdamW's, so that one learning rate serves both
-        of_matrices = choose(matrices, optax.contrib.MuonDimensionNumbers(), None)
-        adam = dict(adam_b1=0.9, adam_b2=0.95)
-        update = optax.contrib.muon(**common, **adam, consistent_rms=0.2, muon_weight_dimension_numbers=of_matrices)
-    else:
-        update = optax.adamw(**common, b1=0.9, b2=0.95, mask=choose([*matrices, "head_DV"], True, False))
-    return optax.chain(optax.clip_by_global_norm(args.grad_clip), update), schedule
-
-
-def choose(names, yes, no):
-    """A function of the model: its tree with `yes` in place of the weights that are named, `no` in place of others."""
-    return lambda model: jax.tree_util.tree_map_with_path(lambda path, _: yes if path[-1].name in names else no, model)
-
-
-def token_losses(model, tokens_BT, seeds_BN, precision):
-    """Nats of every token but each row's first, float32 [B * T], computed in `precision` from float32 weights."""
+def token_losses(model, tokens_BT, seeds_B, precision):
+    """Nats of every token but each row's first, float32 [B * T], in `precision` from float32 weights."""
     model = jax.tree.map(lambda weights: weights.astype(precision), model)
-    logits_BTV, _ = model(tokens_BT[:, :-1], seeds_BN)
+    logits_BTV, _ = model(tokens_BT[:, :-1], seeds_B)
     logits = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # [B * T, V]: flat is a third faster on CPU
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:].ravel())
 
 
+def make_schedule(args):
+    """Warm-up, then a cosine that falls to a tenth."""
+    peak = args.learning_rate * (2 if args.optimizer == "muon" else 1)
+    warmup = min(args.warmup, args.steps - 1)
+    return optax.warmup_cosine_decay_schedule(0, peak, warmup, args.steps, peak / 10)
+
+
+def make_optimizer(args):
+    """Clipping, then AdamW or Muon (Jordan 2024, Liu et al. 2025)."""
+    common = dict(learning_rate=make_schedule(args), weight_decay=args.weight_decay)
+    if args.optimizer == "muon":  # updates as large as AdamW's; what is no block's matrix has AdamW
+
+        def dimensions(model):
+            return map_matrices(model, optax.contrib.MuonDimensionNumbers(), None)
+
+        adam = dict(adam_b1=0.9, adam_b2=0.95)
+        update = optax.contrib.muon(
+            **common, **adam, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions
+        )
+    else:
+        update = optax.adamw(**common, b1=0.9, b2=0.95, mask=lambda model: map_matrices(model, True, False))
+    return optax.chain(optax.clip_by_global_norm(args.grad_clip), update)
+
+
+def map_matrices(model, yes, no):
+    """The model's tree with `yes` in place of the blocks' matrices and `no` in place of other weights."""
+
+    def choose(path, leaf):
+        is_in_block = jax.tree_util.GetAttrKey("blocks") in path
+        return yes if is_in_block and leaf.ndim == 2 else no
+
+    return jax.tree_util.tree_map_with_path(choose, model)
+
+
 def on_each_device(function, mesh, *in_specs):
-    """Every device runs `function` on its own rows: XLA could not split the fused attention kernels by itself."""
+    """Every device runs `function` on its own rows: XLA can't split the fused attention kernels by itself."""
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False)
 
 
 def make_train_step(args, mesh, optimizer):
-    """The one compiled program of training: (state, tokens_ABT, step) -> state, (loss, norm of the gradient)."""
+    """The one compiled program of training: (state, tokens_ABT, step) -> state, metrics."""
 
-    def loss_and_gradient(model, tokens_ABT, seeds_ABN):
+    def loss_and_gradient(model, tokens_ABT, seeds_AB):
         def add_micro_batch(total, micro_batch):
-            mean_loss = lambda model: token_losses(model, *micro_batch, args.precision).mean()
+            def mean_loss(model):
+                return token_losses(model, *micro_batch, args.precision).mean()
+
             return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model)), None
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), model))
-        total, _ = jax.lax.scan(add_micro_batch, zero, (tokens_ABT, seeds_ABN))  # XLA inlines a scan of one
-        return jax.lax.pmean(jax.tree.map(lambda x: x / args.accumulate, total), "data")  # once a step
+        total, _ = jax.lax.scan(add_micro_batch, zero, (tokens_ABT, seeds_AB))
+        mean = jax.tree.map(lambda x: x / args.accumulate, total)
+        return jax.lax.pmean(mean, "data")  # the only exchange between devices, once a step
 
     def train_step(state, tokens_ABT, step):
         step_key = jax.random.fold_in(jax.random.key(args.seed), step)
-        seeds_ABN = jax.random.bits(step_key, (*tokens_ABT.shape[:2], 2 * args.layers + 1))
+        seeds_AB = jax.random.bits(step_key, tokens_ABT.shape[:2])
         parallel = on_each_device(loss_and_gradient, mesh, REPLICATED, MICRO_ROWS, MICRO_ROWS)
-        loss, gradient = parallel(state["model"], tokens_ABT, seeds_ABN)
+        loss, gradient = parallel(state["model"], tokens_ABT, seeds_AB)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["model"])
         model = optax.apply_updates(state["model"], updates)
-        return {"model": model, "optimizer": optimizer_state}, (loss, optax.tree.norm(gradient))
+        metrics = {"train_loss": loss, "grad_norm": optax.tree.norm(gradient)}
+        return {"model": model, "optimizer": optimizer_state}, metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def fresh_state(args, vocab_size, optimizer):
+    """All that training changes, as one dict: what is added to it is saved, restored and resumed by itself."""
+    shape = {name: getattr(args, name) for name in (*NETWORK, "dropout", "attention")}
+    model = Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
+    return {"model": model, "optimizer": optimizer.init(model)}
+
+
+# ------------------------------------------------------------------------------------ evaluate
 
 
 def make_eval_step(args, mesh):
     """(model, tokens_BT, count_B) -> the sum of nats over each row's first `count` predictions."""
 
     def nats(model, tokens_BT, count_B):
-        losses = token_losses(model, tokens_BT, None, args.precision).reshape(len(count_B), -1)
-        return jax.lax.psum(jnp.sum(losses, where=jnp.arange(args.context) < count_B[:, None]), "data")
+        losses_BT = token_losses(model, tokens_BT, None, args.precision).reshape(len(count_B), -1)
+        is_real_BT = jnp.arange(args.context) < count_B[:, None]
+        return jax.lax.psum(jnp.sum(losses_BT, where=is_real_BT), "data")
 
     return jax.jit(on_each_device(nats, mesh, REPLICATED, ROWS, ROWS))
 
 
 def evaluate(args, data, mesh, eval_step, model):
-    """Every token of every held-out piece, predicted once, from those before it in its window of --context tokens."""
+    """Every token of every held-out piece, predicted once, from those before it in its window."""
     piece_ends = np.append(data.starts["val"][1:], len(data.tokens["val"]))
     windows = [
-        (start, min(args.context, end - 1 - start))  # first token and how many predictions are real
+        (start, min(args.context, end - 1 - start))  # first token, and how many predictions are real
         for piece, end in zip(data.starts["val"], piece_ends)
         for start in range(piece, end - 1, args.context)
     ]
@@ -377,7 +309,7 @@ def evaluate(args, data, mesh, eval_step, model):
     for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2, disable=hidden):
         starts, counts = np.array(padded[i : i + rows]).T
         tokens_BT = data.windows("val", starts, args.context + 1)
-        # float waits for the device: many steps in flight at once would block each other on virtual CPU devices
+        # float waits for the device: many steps in flight would block each other on virtual CPU devices
         nats += float(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, counts)))
     return {
         "val_nats_per_token": nats / sum(count for _, count in windows),
@@ -386,132 +318,34 @@ def evaluate(args, data, mesh, eval_step, model):
     }
 
 
-# ----------------------------------------------------------------------------- checkpoints, log, reasons to stop
-
-
-def fresh_or_restored(args, data, mesh, optimizer):
-    """The state to train, on every device, and the facts of the run: from scratch, from other weights, or resumed."""
-    run, source = Path(args.run), args.source
-    if any(run.glob("*.ckpt")) and not args.resume:
-        fail(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
-    if (run / "meta.json").exists():
-        fail(f"--run {run}: holds data that tokenize.py wrote; name another folder")
-    state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
-    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": []}
-    facts |= {"config": dataclasses.asdict(state["model"].cfg), "tokenizer_sha256": data.sha256}
-    facts |= {"data": str(data.folder.resolve()), "music": {split: data.meta[split] for split in ("train", "val")}}
-    facts["flags"] = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
-    if source is not None:
-        with blaming("no checkpoint of train.py to start from"):
-            saved = load(source)[1]
-            if saved["tokenizer_sha256"] != data.sha256:
-                fail(f"{source}: made with tokenizer {saved['tokenizer_sha256'][:12]}, {data.folder} with "
-                     f"{data.sha256[:12]}; tokenize with --tokenizer {Path(source).parent}/tokenizer.json")  # fmt: skip
-            if args.resume:
-                if saved["music"] != facts["music"]:
-                    fail(f"--resume: {data.folder} holds other music by now; --init_from {source} --run NEW learns it")
-                # each as what it should be: a damaged checkpoint may hold anything
-                facts |= {name: type(facts[name])(saved[name]) for name in ("step", "seconds", "best", "rows")}
-                a_row = lambda row: {"step", "train_loss"} <= row.keys() <= set(COLUMNS)
-                if not (0 <= facts["step"] <= 2**32 and all(map(a_row, facts["rows"]))):
-                    raise ValueError(f"{source}: not a log that train.py wrote")
-            state |= load(source, state if args.resume else {"model": state["model"]})[0]
-
-    run.mkdir(parents=True, exist_ok=True)
-    return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
-
-
-def fresh_state(args, vocab_size, optimizer):
-    shape = {name: getattr(args, name) for name in [*NETWORK, "dropout", "attention"]}
-    model = Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
-    return {"model": model, "optimizer": optimizer.init(model)}
-
-
-def record(args, rows):
-    """Show the last row, and write all to log.csv and, after an evaluation, to a picture of the loss curve."""
-    run, row = Path(args.run), rows[-1]
-    brief = lambda value: f"{value:.0f}" if value > 999 else f"{value:.4g}"
-    tqdm.write("  ".join(f"{name} {brief(value)}" for name, value in row.items()))
-    if args.wandb:
-        import wandb
-
-        if not wandb.run:
-            wandb.init(project="tchaikovsky", dir=run, config=vars(args))
-        wandb.log(row, step=row["step"])
-    with atomic_write(run / "log.csv", "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    if "val_nats_per_token" not in row:
-        return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
-    for name, style, label in (("train_loss", "-", "train"), ("val_nats_per_token", "o-", "held-out pieces")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points), style, label=label)
-    axes.legend()
-    with atomic_write(run / "loss.png") as file:
-        figure.savefig(file, dpi=120)
-
-
-class Stop:
-    """Ends a run early, on all processes at the same step: SIGTERM, Ctrl-C (the second one kills) and --max_hours."""
-
-    def __init__(self, max_hours):
-        self.deadline, self.reason, self.exit_code = LAUNCHED + 3600 * max_hours, None, 0
-        self.checked, self.longest = time.time(), 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        self.reason, self.exit_code = signal.Signals(number).name, 128 + number
-        signal.signal(number, signal.SIG_DFL)
-
-    def out_of_time(self):
-        """Would another stretch as long as the longest so far end too late?"""
-        now = time.time()
-        self.longest, self.checked = max(self.longest, now - self.checked), now
-        return now + self.longest > self.deadline
-
-    def wanted(self, logging):
-        if logging and self.out_of_time():
-            self.reason = self.reason or "--max_hours"
-        if jax.process_count() > 1:
-            # what all have heard counts, not self.reason, which a signal may set in the meantime
-            if logging and multihost_utils.process_allgather(np.array(self.reason is not None)).any():
-                self.reason = self.reason or "another process"
-                return True
-            return False
-        return self.reason is not None
-
-
-# ------------------------------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------------ the loop
 
 
 def train(args, data, mesh):
     """Returns the rows of log.csv and the Stop, which knows whether and why the run ended early."""
-    optimizer, schedule = make_optimizer(args)
+    optimizer, schedule, run = make_optimizer(args), make_schedule(args), Path(args.run)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = fresh_or_restored(args, data, mesh, optimizer)
-    run, first, rows, main_process = Path(args.run), facts["step"], facts["rows"], jax.process_index() == 0
-    if main_process:
+    first, rows, is_main = facts["step"], facts["rows"], jax.process_index() == 0
+    if is_main:
         introduce(args, data, mesh, state["model"])
         with atomic_write(run / "tokenizer.json") as file:
             file.write(data.tokenizer)
-        print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N goes on to more")
-    if args.init_from and not first:
+        print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N adds more")
+    if args.init_from and first == 0:
         nats_per_note = evaluate(args, data, mesh, eval_step, state["model"])["val_nats_per_note"]
-        if main_process:
+        if is_main:
             print(f"before fine-tuning: val_nats_per_note={nats_per_note:.4f}")
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
-    batch = put(mesh, MICRO_ROWS, data.draw(args, first))
-    if first < args.steps:
-        train_step = train_step.lower(state, batch, np.uint32(first)).compile()  # before tokens per second are counted
+    batch = put(mesh, MICRO_ROWS, data.batch(args, first))
+    if first < args.steps:  # compiled before tokens per second are counted
+        train_step = train_step.lower(state, batch, np.uint32(first)).compile()
     lap_began, lap_first = time.time(), first
-    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", disable=not main_process):
+    steps = range(first, args.steps)
+    for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
         state, metrics = train_step(state, batch, np.uint32(step))
         done = step + 1
-        batch = put(mesh, MICRO_ROWS, data.draw(args, done))  # while the device works
+        batch = put(mesh, MICRO_ROWS, data.batch(args, done))  # while the device works
         evaluating = done % args.eval_every == 0 or done == args.steps
         saving = evaluating or done % args.save_every == 0
         logging = saving or done % args.log_every == 0
@@ -519,158 +353,338 @@ def train(args, data, mesh):
         if not (logging or stopping):
             continue
 
-        loss, grad_norm = map(float, metrics)  # waits for the device
-        row = {"step": done, "train_loss": loss, "learning_rate": float(schedule(step)), "grad_norm": grad_norm}
+        row = {"step": done, "learning_rate": float(schedule(step))}
+        row |= {name: float(value) for name, value in metrics.items()}  # waits for the device
         tokens = (done - lap_first) * args.batch_size * args.context
         row |= throughput(args, mesh, state["model"], tokens / (time.time() - lap_began))
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
         stop_if_diverged(args, [*rows, row], data.meta["vocab_size"])
-        facts |= {"step": done, "seconds": time.time() - began}
-        rows.append(row | {"seconds": round(facts["seconds"], 1)})  # in facts, too
-        if main_process:
-            record(args, rows)
-            if row.get("val_nats_per_note", np.inf) < facts["best"]:
-                facts["best"] = row["val_nats_per_note"]
+        row["seconds"] = round(time.time() - began, 1)
+        rows.append(row)
+        is_best = row.get("val_nats_per_note", np.inf) < facts["best"]
+        facts |= {"step": done, "seconds": time.time() - began, "rows": rows}
+        facts["best"] = row["val_nats_per_note"] if is_best else facts["best"]
+        if is_main:
+            if is_best:
                 save(run / "best.ckpt", {"model": state["model"]}, **facts)
             if saving or stopping:
                 save(run / "last.ckpt", state, **facts)
+            record(args, rows)
         if stopping:
             break
         lap_began, lap_first = time.time(), done
     return rows, stop
 
 
-def introduce(args, data, mesh, model):
-    """Say what runs on what, and the nats of knowing only how frequent each token is: the first thing to beat."""
-    train, val = data.meta["train"], data.meta["val"]
-    counts = np.bincount(data.tokens["train"][: 10**7], minlength=data.meta["vocab_size"])  # makes an int64 copy
-    share = counts[counts > 0] / counts.sum()
-    entropy = -(share * np.log(share)).sum()
-    kind = mesh.devices.flat[0].device_kind
-    print(f"{mesh.size} x {kind}, {args.precision}: --size {args.size}, {parameter_count(model):,} parameters, "
-          f"--optimizer {args.optimizer}")  # fmt: skip
-    print(f"{train['tokens']:,} tokens, vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
-          f"({entropy * val['tokens'] / val['notes']:.3f} per note)")  # fmt: skip
+class Stop:
+    """Why a run ends early, on all processes at the same step: a signal or --max_hours."""
 
+    SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"  # Ctrl-C, kill, a closed terminal, a scheduler's warning
 
-def throughput(args, mesh, model, tokens_per_second):
-    """Also as model-FLOPs utilisation, the share of the devices' peak (PaLM, appendix B), where that is known."""
-    peak_flops = mesh.size * device_limits(mesh.devices.flat[0])[0] if args.precision == "bfloat16" else np.nan
-    mfu = tokens_per_second * flops_per_token(args, model) / peak_flops
-    return {"tokens_per_second": tokens_per_second} | ({"mfu": mfu} if mfu > 0 else {})
+    def __init__(self, max_hours):
+        self.deadline, self.reason, self.exit_code = LAUNCHED + 3600 * max_hours, None, 0
+        self.checked, self.longest = time.time(), 0.0
+        for name in self.SIGNALS:
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignore SIGHUP
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.reason, self.exit_code = signal.Signals(number).name, 128 + number
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
+        for terminal in TERMINALS if self.reason == "SIGHUP" else ():  # is gone: printing there would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+
+    def wanted(self, logging):
+        """To be asked after every step; --max_hours counts where a row is logged."""
+        if logging:
+            now = time.time()
+            self.longest, self.checked = max(self.longest, now - self.checked), now
+            if now + self.longest > self.deadline:  # another stretch as long as the longest ends too late
+                self.reason = self.reason or "--max_hours"
+        if jax.process_count() == 1:
+            return self.reason is not None
+        if not logging:  # all processes have to agree, and asking them takes time
+            return False
+        heard = multihost_utils.process_allgather(np.array(self.reason is not None)).any()
+        if heard:
+            self.reason = self.reason or "another process"
+        return bool(heard)
 
 
 def stop_if_diverged(args, rows, vocab_size):
-    """A nat worse than a blind guess, or half as bad again as given weights were; of held-out music twice that.
+    """Stops where the loss is worse than guessing at random, or 1.5 times that of the weights given.
 
-    (Music of another kind may surprise a trained model more than a blind guess, and overfitting is no divergence.)
+    Held-out music may be twice as bad: overfitting is no divergence.
     """
     row = rows[-1]
-    start = rows[0]["train_loss"] if args.init_from else 0
-    limit = max(np.log(vocab_size) + 1, 1.5 * start)
+    limit = np.log(vocab_size) + 1  # in nats; a guess at random has log V
+    if args.init_from:
+        limit = max(limit, 1.5 * rows[0]["train_loss"])
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
     if not (losses_fit and np.isfinite(row["grad_norm"])):
-        raise SystemExit(DIVERGED.format(**vars(args) | row))
+        sys.exit(
+            f"The run diverged: at step {row['step']} the loss is {row['train_loss']:.3f} and the gradient's "
+            f"norm {row['grad_norm']:.3g}. Checkpoints in {args.run} are from before. Try a lower "
+            f"--learning_rate, a longer --warmup (now {args.warmup}) or --precision float32."
+        )
+
+
+# ------------------------------------------------------------------------------------ devices
+
+LAUNCHED = time.time()
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]
+TPU_MARKS = "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_NAME", "COLAB_TPU_ADDR", "ISTPUVM"
+PEAK_TERAFLOPS = {  # dense bfloat16, one JAX device; the first name that is part of the device's counts
+    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459,
+    "TPU v6": 918, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "L4": 121,
+    "RTX 3090": 71, "RTX 4090": 165,
+}  # fmt: skip
+
+
+def find_devices(multihost):
+    """Every device of this machine, or of all hosts; never the CPU of a machine that should have a TPU."""
+    try:
+        if multihost is not None:
+            address, *numbers = multihost.split(",") if multihost else [None]
+            jax.distributed.initialize(address, *map(int, numbers))
+        devices = jax.devices()
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"JAX finds no device: {str(error).splitlines()[0]}") from error
+    marks = [name for name in TPU_MARKS if name in os.environ]
+    if marks and devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+        raise Refused(
+            f"this machine calls itself a TPU VM ({marks[0]}), but JAX sees no TPU: is another program, such "
+            "as a notebook that imported jax, using it? Else start a new session, or train on the CPU: "
+            "JAX_PLATFORMS=cpu python train.py"
+        )
+    return devices
+
+
+def computes_in_bfloat16(device):
+    """A TPU, or an NVIDIA GPU from Ampere on (an AMD GPU's capability reads, for example, gfx942)."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return device.platform == "tpu" or re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None
+
+
+def choose_attention(args, device):
+    """The fastest attention that works here: what its shapes allow and the compiler accepts."""
+    kind, K = device.device_kind, args.dim // args.heads
+    fused = "xla"
+    if kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0:
+        fused = "splash"
+    elif device.platform == "gpu" and computes_in_bfloat16(device) and K in range(8, 129, 8):
+        fused = "cudnn"
+    wanted = args.attention or (fused if args.precision == "bfloat16" else "xla")
+    if wanted != "xla" and (wanted != fused or args.precision != "bfloat16"):
+        raise Refused(f"--attention {wanted}: this device, --precision and shape allow xla alone")
+    if wanted == "xla":
+        return "xla"
+
+    def loss(q, k, v):
+        return causal_attention(q, k, v, wanted).astype(jnp.float32).sum()
+
+    here = jax.sharding.SingleDeviceSharding(device)
+    window_BTHK = jax.ShapeDtypeStruct((1, 128, args.heads, K), jnp.bfloat16, sharding=here)
+    try:
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(window_BTHK, window_BTHK, window_BTHK).compile()
+        return wanted
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        extra = "tpu" if wanted == "splash" else "cuda13"
+        print(
+            f"{wanted} attention does not compile here ({str(error).splitlines()[0][:80]}): plain attention "
+            f"takes about twice the time and memory. The cure, in a fresh session, before anything imports "
+            f'jax: pip install "jax[{extra}]=={jax.__version__}"'
+        )
+        return "xla"
+
+
+def put(mesh, spec, array):
+    """Host array -> devices. On several hosts each passes the same array and keeps its own devices' rows."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
 def flops_per_token(args, model):
     """Forward and backward, 6 N + 12 L D T (PaLM, appendix B); N leaves out the embedding tables."""
-    embeddings = [model.position_SD] if model.cfg.tied else [model.position_SD, model.token_VD]
-    multiplied = parameter_count(model) - parameter_count(embeddings)
+    multiplied = parameter_count(model) - parameter_count([model.position_TD, model.token_VD])
     return 6 * multiplied + 12 * args.layers * args.dim * args.context
 
 
-# ------------------------------------------------------------------------------------------ TPUs that are elsewhere
+def throughput(args, mesh, model, tokens_per_second):
+    """Also as model-FLOPs utilisation, the share of the devices' peak, where that is known."""
+    row, kind = {"tokens_per_second": tokens_per_second}, mesh.devices.flat[0].device_kind
+    for name, peak in PEAK_TERAFLOPS.items():
+        if args.precision == "bfloat16" and re.search(name + r"(?!\d)", kind):  # an L40S is no L4
+            flops = tokens_per_second * flops_per_token(args, model)
+            return row | {"mfu": flops / (mesh.size * peak * 1e12)}
+    return row
 
 
-def topology_devices(name):
-    """The devices of a TPU topology, described by libtpu: no TPU is needed."""
-    # else libtpu looks for this machine's TPU, complains, and lets only one process load it
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
-    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    jax.config.update("jax_platforms", "cpu")
-    with blaming(f"--compile_for {name}", "; try v5e:2x4 or v3:2x2x1, and: pip install libtpu"):
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+# ------------------------------------------------------------------------------------ checkpoints and log
+
+COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
+           "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
 
 
-def compile_report(args, mesh):
-    """Compile the training step of the reference vocabulary for them: memory, collectives, the largest micro-batch."""
-    optimizer, _ = make_optimizer(args)
-    train_step = make_train_step(args, mesh, optimizer)
-    on_mesh = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-    state = jax.eval_shape(lambda: fresh_state(args, Config.vocab_size, optimizer))
-    state = jax.tree.map(lambda leaf: on_mesh(leaf.shape, leaf.dtype, REPLICATED), state)
+def fresh_or_restored(args, data, mesh, optimizer):
+    """The state to train, on every device, and the facts of the run: new, from other weights, or resumed."""
+    state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
+    flags = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
+    music = {side: data.meta[side] for side in ("train", "val")}
+    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "music": music, "flags": flags}
+    facts |= {"config": dataclasses.asdict(state["model"].cfg), "data": str(data.folder.resolve())}
+    facts["tokenizer_sha256"] = data.sha256
+    source = f"{args.run}/last.ckpt" if args.resume else args.init_from
+    if source:
+        parts = state if args.resume else {"model": state["model"]}
+        restored, saved = load(source, parts)
+        state |= restored
+        if saved["tokenizer_sha256"] != data.sha256:
+            raise Refused(
+                f"{source}: made with another tokenizer ({saved['tokenizer_sha256'][:12]}, {data.folder} has "
+                f"{data.sha256[:12]}); tokenize with --tokenizer {Path(source).parent}/tokenizer.json"
+            )
+        if args.resume:
+            if saved["music"] != music:
+                raise Refused(f"{data.folder} holds other music by now; --init_from {source} --run NEW learns it")
+            facts |= {name: saved[name] for name in ("step", "seconds", "best", "rows")}
+    return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
-    @functools.cache  # a compilation takes a minute
-    def compiled(rows):
-        """The step with micro-batches of so many windows on each device: its text, and the bytes it takes there."""
-        tokens = on_mesh((args.accumulate, rows * mesh.size, args.context + 1), np.int32, MICRO_ROWS)
-        lowered = train_step.lower(state, tokens, on_mesh((), np.uint32, REPLICATED))
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return "", np.inf
-        sizes = program.memory_analysis()  # the outputs reuse the donated arguments
-        return program.as_text(), sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
 
-    rows = args.batch_size // args.accumulate // mesh.size
-    device, count = mesh.devices.flat[0], parameter_count(state["model"])
-    print(f"{mesh.size} x {device.device_kind}, {args.precision}, {count:,} parameters")
-    print(f"micro-batch: {rows} windows of {args.context} tokens on each device")
-    peak_flops, memory, clock = device_limits(device)
-    if np.isnan(memory):
-        fail(f"--compile_for: {device.device_kind} is not in TPUS, which train.py begins with: add it there")
-    text, needed = compiled(rows)
-    print(f"memory per device: {needed / 1e9:.2f} GB of {memory / 1e9:.2f}")
-    if text:
-        collectives = Counter(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text))
-        print("collectives:", ", ".join(f"{count} {name}" for name, count in collectives.items()) or "none")
-        seconds = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / clock
-        flops = flops_per_token(args, state["model"]) * rows * args.context
-        print(f"the compiler's estimate, without Pallas kernels: {1000 * seconds:.1f} ms for a micro-batch and an "
-              f"update, {flops / seconds / peak_flops:.0%} of the peak")  # fmt: skip
-    largest = 2 ** int(np.log2(max(1, memory / needed * rows)))  # a guess to start from
-    while largest and compiled(largest)[1] > memory:
-        largest //= 2
-    while largest and compiled(2 * largest)[1] <= memory:
-        largest *= 2
-    print(f"largest micro-batch that fits, of powers of two: {largest} windows per device")
+def record(args, rows):
+    """Show the last row, and write all to log.csv and, after an evaluation, to a picture of the curve."""
+    run, row = Path(args.run), rows[-1]
+    brief = [f"{name} {value:.0f}" if value > 999 else f"{name} {value:.4g}" for name, value in row.items()]
+    tqdm.write("  ".join(brief))
+    if args.wandb:
+        import wandb
+
+        if not wandb.run:
+            wandb.init(project="tchaikovsky", dir=run, config=vars(args))
+        wandb.log(row, step=row["step"])
+    with atomic_write(run / "log.csv", "w") as file:
+        columns = list(dict.fromkeys(COLUMNS + [name for row in rows for name in row]))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    if "val_nats_per_token" in row:
+        draw_curve(run / "loss.png", rows)
+
+
+def draw_curve(path, rows):
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
+    for name, style, label in (("train_loss", "-", "train"), ("val_nats_per_token", "o-", "held-out pieces")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), style, label=label)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120)
+
+
+def introduce(args, data, mesh, model):
+    """Say what runs on what, and the nats of knowing only how frequent each token is: the first thing to beat."""
+    train, val = data.meta["train"], data.meta["val"]
+    counts = np.bincount(data.tokens["train"][: 10**7], minlength=data.meta["vocab_size"])
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * np.log(share)).sum()
+    print(
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {args.precision}, {args.attention} attention: "
+        f"--size {args.size}, {parameter_count(model):,} parameters, --optimizer {args.optimizer}"
+    )
+    passes = args.steps * args.batch_size * args.context / train["tokens"]
+    print(f"{args.steps} steps, which pass {passes:.1f} times over {train['tokens']:,} training tokens")
+    print(
+        f"vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
+        f"({entropy * val['tokens'] / val['notes']:.3f} per note)"
+    )
+
+
+# ------------------------------------------------------------------------------------ the steps, in order
+
+
+def complete(args, data, devices):
+    """Fill in the flags that follow from others, the data and the devices; refuse a batch that can't be split."""
+    tokens_a_step = args.batch_size * args.context
+    if args.steps is None:
+        passes = args.max_passes * data.meta["train"]["tokens"] / tokens_a_step
+        args.steps = min(args.max_steps, max(1, round(passes)))
+    args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
+    args.save_every = args.save_every or args.steps
+    unit = len(devices) * args.accumulate
+    if args.batch_size % unit:
+        nearest = max(1, round(args.batch_size / unit)) * unit
+        raise Refused(
+            f"--batch_size {args.batch_size}: does not divide over {len(devices)} devices x --accumulate "
+            f"{args.accumulate}; the nearest that does is {nearest}"
+        )
+    args.attention = choose_attention(args, devices[0])
 
 
 def main(argv):
-    args, devices = read_flags(argv)
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-    if args.compile_for is not None:
-        return compile_report(args, mesh)
+    typed = make_parser().parse_known_args(argv)[0]
+    if typed.wandb and not importlib.util.find_spec("wandb"):
+        raise Refused("--wandb: pip install wandb")
+    devices = find_devices(typed.multihost)
+    args, run = parse_flags(argv, devices), Path(typed.run)
+    if any(run.glob("*.ckpt")) and not args.resume:
+        raise Refused(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
+    if (run / "meta.json").exists():
+        raise Refused(f"--run {run}: holds data that tokenize.py wrote; name another folder")
+    data = Data(args.data, args.context)
+    complete(args, data, devices)
     if args.precision == "float32" and devices[0].platform != "cpu":  # where products are rounded by default
         jax.config.update("jax_default_matmul_precision", "highest")
-    data = Data(args.data, args.context)
+    lock = filelock.FileLock(run / ".lock")
     try:
-        rows, stop = train(args, data, mesh)
+        run.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            lock.acquire(timeout=0)
+        rows, stop = train(args, data, Mesh(devices, ("data",)))
+    except filelock.Timeout:
+        raise Refused(f"--run {run}: another train.py is writing there; name another folder") from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        fail(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less memory")
-    except OSError as error:
-        fail(f"--run {args.run}: {error}; the checkpoints there are whole")
-    if jax.process_index() != 0:
+        raise Refused(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less")
+    finally:
+        lock.release()
+    if jax.process_index() == 0:
+        summarize(args, rows, stop)
+    if stop.exit_code:
         sys.exit(stop.exit_code)
+
+
+def summarize(args, rows, stop):
+    """What came of it, and what to do next."""
     evaluated = [row for row in rows if "val_nats_per_note" in row]
     if evaluated:
         best = min(evaluated, key=lambda row: row["val_nats_per_note"])
         print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
     print(f"hear it: python sample.py --run {args.run}")
     last = evaluated[-1] if evaluated else dict.fromkeys(COLUMNS, np.nan)
-    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row] or [np.nan]
-    print(f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
-          f"val_nats_per_token={last['val_nats_per_token']:.4f} tokens_per_second={np.median(rates):.0f}")  # fmt: skip
+    speed = np.median([row["tokens_per_second"] for row in rows]) if rows else np.nan
+    print(
+        f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
+        f"val_nats_per_token={last['val_nats_per_token']:.4f} tokens_per_second={speed:.0f}"
+    )
     if stop.reason:
         print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
-        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    for name in ("stdout", "stderr"):  # any console can show what is printed, and a closed one is no mistake
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+    try:
+        main(sys.argv[1:])
+    except Refused as error:
+        make_parser().error(str(error))
+    except BrokenPipeError:  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:  # a full disk, say
+        make_parser().error(f"{error}; the checkpoints that were saved before are whole")
