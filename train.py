@@ -57,7 +57,7 @@ RECIPES = {  # flags that a recipe sets, unless they are typed
     "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
 NETWORK = "dim", "heads", "layers", "context", "rotary", "qk_norm"  # flags that given weights decide
-THIS_LAUNCH = "run", "resume", "init_from", "max_hours", "multihost", "attention"  # that no checkpoint keeps
+THIS_LAUNCH = "data", "run", "resume", "init_from", "max_hours", "multihost", "attention"  # that no checkpoint keeps
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -116,7 +116,10 @@ def make_parser():
 
 
 def parse_flags(argv, devices):
-    """Flags that were typed win over the checkpoint's, these over the recipe's, these over the size's."""
+    """The flags, and the facts of the checkpoint that training starts from, if any.
+
+    What was typed wins over the checkpoint's flags, these over the recipe's, these over the size's.
+    """
     parser = make_parser()
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -127,21 +130,23 @@ def parse_flags(argv, devices):
     size = typed.size or ("tiny" if devices[0].platform == "cpu" else "base")
     preset = {"size": size} | SIZES[size] | RECIPES[typed.recipe]
     preset["precision"] = "bfloat16" if computes_in_bfloat16(devices[0]) else "float32"
-    decided = {}  # by the weights that training starts from
+    decided, facts = {}, None  # decided: by the weights that training starts from
     source = f"{typed.run}/last.ckpt" if typed.resume else typed.init_from
     if source:
-        saved = load(source)[1].get("flags")
-        if saved is None:
-            raise Refused(f"{source}: no checkpoint of train.py")
+        facts = load(source)[1]
+        saved = facts["flags"]
         names = [*NETWORK, "size", "recipe", "optimizer"] if typed.resume else NETWORK
         decided = {name: saved[name] for name in names if name in saved}
-        preset |= {name: saved[name] for name in saved if hasattr(typed, name)} if typed.resume else decided
+        preset |= decided
+        if typed.resume:
+            preset |= {name: value for name, value in saved.items() if hasattr(typed, name)}
+            preset["data"] = str(Path(typed.run) / facts["data"])
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     for name, value in decided.items():
         if getattr(args, name) != value:
             raise Refused(f"--{name} {getattr(args, name)}: {source} was made with {value}")
-    return args
+    return args, facts
 
 
 # ------------------------------------------------------------------------------------ batch
@@ -159,6 +164,7 @@ class Data:
                 self.tokens[side] = np.memmap(self.folder / f"{side}.bin", self.meta["dtype"], "r")
         except (OSError, ValueError) as error:
             raise Refused(f"--data {folder}: {error}; python tokenize.py SOURCE --out {folder} makes one")
+        self.music = {side: self.meta[side] for side in ("train", "val")}
         self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
         if self.sha256 != self.meta["tokenizer_sha256"]:
             raise Refused(f"--data {folder}: tokenizer.json is not the one that wrote the tokens")
@@ -321,11 +327,11 @@ def evaluate(args, data, mesh, eval_step, model):
 # ------------------------------------------------------------------------------------ the loop
 
 
-def train(args, data, mesh):
+def train(args, data, mesh, saved):
     """Returns the rows of log.csv and the Stop, which knows whether and why the run ended early."""
     optimizer, schedule, run = make_optimizer(args), make_schedule(args), Path(args.run)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
-    state, facts = fresh_or_restored(args, data, mesh, optimizer)
+    state, facts = fresh_or_restored(args, data, mesh, optimizer, saved)
     first, rows, is_main = facts["step"], facts["rows"], jax.process_index() == 0
     if is_main:
         introduce(args, data, mesh, state["model"])
@@ -482,22 +488,31 @@ def choose_attention(args, device):
     if wanted == "xla":
         return "xla"
 
+    error = compile_error(wanted, device, args.heads, K)
+    if error is None:
+        return wanted
+    extra = "tpu" if wanted == "splash" else "cuda13"
+    print(
+        f"{wanted} attention does not compile here ({error[:80]}): plain attention takes about twice the time "
+        f"and memory. The cure, in a fresh session, before anything imports jax: "
+        f'pip install "jax[{extra}]=={jax.__version__}"'
+    )
+    return "xla"
+
+
+def compile_error(kind, device, heads, K):
+    """Why a small forward and backward pass of this attention does not compile for a device; None if it does."""
+
     def loss(q, k, v):
-        return causal_attention(q, k, v, wanted).astype(jnp.float32).sum()
+        return causal_attention(q, k, v, kind).astype(jnp.float32).sum()
 
     here = jax.sharding.SingleDeviceSharding(device)
-    window_BTHK = jax.ShapeDtypeStruct((1, 128, args.heads, K), jnp.bfloat16, sharding=here)
+    window_BTHK = jax.ShapeDtypeStruct((1, 128, heads, K), jnp.bfloat16, sharding=here)
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     try:
-        jax.jit(jax.grad(loss, (0, 1, 2))).lower(window_BTHK, window_BTHK, window_BTHK).compile()
-        return wanted
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        extra = "tpu" if wanted == "splash" else "cuda13"
-        print(
-            f"{wanted} attention does not compile here ({str(error).splitlines()[0][:80]}): plain attention "
-            f"takes about twice the time and memory. The cure, in a fresh session, before anything imports "
-            f'jax: pip install "jax[{extra}]=={jax.__version__}"'
-        )
-        return "xla"
+        gradient.lower(window_BTHK, window_BTHK, window_BTHK).compile()
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # a libtpu or cuDNN that is too old, say
+        return str(error).splitlines()[0]
 
 
 def put(mesh, spec, array):
@@ -527,29 +542,27 @@ COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_
            "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
 
 
-def fresh_or_restored(args, data, mesh, optimizer):
+def fresh_or_restored(args, data, mesh, optimizer, saved):
     """The state to train, on every device, and the facts of the run: new, from other weights, or resumed."""
     state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
+    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": []}
+    if args.resume:
+        facts = {name: saved[name] for name in facts}
+        state = load(f"{args.run}/last.ckpt", state)[0]
+    elif args.init_from:
+        state |= load(args.init_from, {"model": state["model"]})[0]
     flags = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
-    music = {side: data.meta[side] for side in ("train", "val")}
-    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "music": music, "flags": flags}
-    facts |= {"config": dataclasses.asdict(state["model"].cfg), "data": str(data.folder.resolve())}
-    facts["tokenizer_sha256"] = data.sha256
-    source = f"{args.run}/last.ckpt" if args.resume else args.init_from
-    if source:
-        parts = state if args.resume else {"model": state["model"]}
-        restored, saved = load(source, parts)
-        state |= restored
-        if saved["tokenizer_sha256"] != data.sha256:
-            raise Refused(
-                f"{source}: made with another tokenizer ({saved['tokenizer_sha256'][:12]}, {data.folder} has "
-                f"{data.sha256[:12]}); tokenize with --tokenizer {Path(source).parent}/tokenizer.json"
-            )
-        if args.resume:
-            if saved["music"] != music:
-                raise Refused(f"{data.folder} holds other music by now; --init_from {source} --run NEW learns it")
-            facts |= {name: saved[name] for name in ("step", "seconds", "best", "rows")}
+    facts |= {"flags": flags, "config": dataclasses.asdict(state["model"].cfg), "music": data.music}
+    facts |= {"data": relative(data.folder, args.run), "tokenizer_sha256": data.sha256}
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
+
+
+def relative(path, start):
+    """The way from one folder to another, which stays the same when both are moved."""
+    try:
+        return os.path.relpath(path, start)
+    except ValueError:  # on Windows, on another drive
+        return os.path.abspath(path)
 
 
 def record(args, rows):
@@ -613,6 +626,7 @@ def complete(args, data, devices):
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.save_every = args.save_every or args.steps
+    Config(**{name: getattr(args, name) for name in NETWORK})  # refuses what does not fit together
     unit = len(devices) * args.accumulate
     if args.batch_size % unit:
         nearest = max(1, round(args.batch_size / unit)) * unit
@@ -628,12 +642,20 @@ def main(argv):
     if typed.wandb and not importlib.util.find_spec("wandb"):
         raise Refused("--wandb: pip install wandb")
     devices = find_devices(typed.multihost)
-    args, run = parse_flags(argv, devices), Path(typed.run)
+    args, saved = parse_flags(argv, devices)
+    run, source = Path(args.run), args.init_from or f"{args.run}/last.ckpt"
     if any(run.glob("*.ckpt")) and not args.resume:
         raise Refused(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
     if (run / "meta.json").exists():
         raise Refused(f"--run {run}: holds data that tokenize.py wrote; name another folder")
     data = Data(args.data, args.context)
+    if saved and saved["tokenizer_sha256"] != data.sha256:
+        raise Refused(
+            f"{source}: made with another tokenizer than {data.folder}; tokenize with "
+            f"--tokenizer {Path(source).with_name('tokenizer.json')}"
+        )
+    if args.resume and saved["music"] != data.music:
+        raise Refused(f"{data.folder} holds other music by now; --init_from {source} --run NEW learns it")
     complete(args, data, devices)
     if args.precision == "float32" and devices[0].platform != "cpu":  # where products are rounded by default
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -642,7 +664,7 @@ def main(argv):
         run.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             lock.acquire(timeout=0)
-        rows, stop = train(args, data, Mesh(devices, ("data",)))
+        rows, stop = train(args, data, Mesh(devices, ("data",)), saved)
     except filelock.Timeout:
         raise Refused(f"--run {run}: another train.py is writing there; name another folder") from None
     except jax.errors.JaxRuntimeError as error:
