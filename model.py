@@ -24,7 +24,7 @@ class Refused(ValueError):
     """What was asked for cannot be done; the message says why, in one line."""
 
 
-# ------------------------------------------------------------------------------------ the network
+# -------------------------------------------------------------------------------------- the network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Decoder(eqx.Module):
         return logits_BTV + self.head_bias_V, filled
 
 
-# ------------------------------------------------------------------------------------ its parts
+# ---------------------------------------------------------------------------------------- its parts
 
 
 class LayerNorm(eqx.Module):
@@ -250,7 +250,7 @@ def dropout(x_BTD, seeds_B, rate):
     return jnp.where(kept_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
-# ------------------------------------------------------------------------------------ the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
@@ -279,7 +279,7 @@ def is_visible(T, S, start):
     return age_TS <= position_T1
 
 
-# ------------------------------------------------------------------------------------ the same, faster
+# --------------------------------------------------------------------------------- the same, faster
 
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
@@ -315,7 +315,7 @@ def splash_attention(q_BTHK, k_BTHK, v_BTHK):
     return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK).swapaxes(1, 2)[..., :K]
 
 
-# ------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def parameter_count(model):

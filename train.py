@@ -1,20 +1,20 @@
 """Trains the piano transformer on every GPU, TPU or CPU device it sees.
 
-    python train.py                                     # data/ -> run/, at a size that suits the device
-    python train.py --data data/asap --run run/asap     # other data, another run
-    python train.py --resume                            # go on after a kill, with the run's own flags
-    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-3
+    python train.py                                   # data/ -> run/, at a size for the device
+    python train.py --data data/asap --run run/asap   # other data, another run
+    python train.py --resume                          # go on after a kill, with the run's own flags
+    python train.py --init_from run/best.ckpt --data data/mine --run run/mine     # fine-tune
 
-The last line fine-tunes. RUN receives last.ckpt, best.ckpt (what sample.py plays), log.csv and loss.png.
+RUN receives last.ckpt, best.ckpt (which sample.py plays), log.csv and loss.png.
 """
 
-# Shapes of arrays: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary; see model.py.
+# Shapes: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary, as in model.py.
 
 import os
 import signal
 import sys
 
-if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: in a notebook, whose kernel must live on
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: a notebook's kernel must live on
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 import argparse
@@ -33,15 +33,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from model import Config, Decoder, Refused, atomic_write, causal_attention, load, parameter_count, save
+from model import Config, Decoder, Refused, atomic_write, causal_attention, load
+from model import parameter_count, save
 
-# ------------------------------------------------------------------------------------ the knobs
+# ---------------------------------------------------------------------------------------- the knobs
 
 SIZES = {  # flags that a size sets, unless they are typed
     "tiny": dict(dim=128, heads=4, layers=4, context=256, dropout=0.0, batch_size=8,
@@ -56,8 +56,8 @@ RECIPES = {  # flags that a recipe sets, unless they are typed
     "original": dict(windows="chunks", bos_share=0.0, learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
-NETWORK = "dim", "heads", "layers", "context", "rotary", "qk_norm"  # flags that given weights decide
-THIS_LAUNCH = "data", "run", "resume", "init_from", "max_hours", "multihost", "attention"  # that no checkpoint keeps
+NETWORK = "dim", "heads", "layers", "context", "rotary", "qk_norm"  # that given weights decide
+THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # not in checkpoints
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -65,9 +65,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     usage=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
     yes_or_no = argparse.BooleanOptionalAction
     knob = parser.add_argument_group("what and where").add_argument
     knob("--data", default="data", help="folder written by tokenize.py")
@@ -88,27 +87,28 @@ def make_parser():
     knob("--dropout", type=float, help="share of the activations that training zeroes, under 1")
 
     knob = parser.add_argument_group("training").add_argument
-    knob("--recipe", choices=RECIPES, default="default", help="original: TchAIkovsky's; modern: see RECIPES")
-    knob("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the blocks' matrices")
+    knob("--recipe", choices=RECIPES, default="default", help="see RECIPES")
+    knob("--optimizer", choices=["adamw", "muon"], default="adamw", help="Muon: blocks alone")
     knob("--steps", type=int, help="optimizer steps; by default the least of the next two")
     knob("--max_steps", type=int, help="the size's number of steps")
-    knob("--max_passes", type=float, default=40, help="over the training tokens; more would not help")
+    knob("--max_passes", type=float, default=40, help="over the data; more would not help")
     knob("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
     knob("--accumulate", type=int, default=1, help="micro-batches a step: less memory, same result")
     knob("--learning_rate", type=float, help="its peak; muon takes twice as much")
     knob("--warmup", type=int, help="steps until the peak; default: a tenth of them, 1000 at most")
     knob("--weight_decay", type=float, default=0.1, help="of the blocks' matrices and the head")
     knob("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    knob("--windows", choices=["random", "chunks"], default="random", help="chunks: at multiples of --context")
-    knob("--bos_share", type=float, default=0.1, help="share of windows that start where a piece starts")
-    knob("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU (Ampere) and TPU")
+    knob("--windows", choices=["random", "chunks"], default="random",
+         help="start anywhere, or at multiples of --context in a piece")  # fmt: skip
+    knob("--bos_share", type=float, default=0.1, help="share of windows that start with a piece")
+    knob("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on TPU and Ampere")
     knob("--log_every", type=int, default=20, help="steps")
     knob("--eval_every", type=int, help="steps; default: ten times a run")
     knob("--save_every", type=int, help="steps; in any case at every evaluation")
-    knob("--max_hours", type=float, default=float("inf"), help="save and stop before so long has passed")
+    knob("--max_hours", type=float, default=float("inf"), help="save and stop before that")
 
     knob = parser.add_argument_group("machines").add_argument
-    knob("--attention", choices=["splash", "cudnn", "xla"], help="default: the fastest that works here")
+    knob("--attention", choices=["splash", "cudnn", "xla"], help="default: the fastest here")
     knob("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I",
          help="one of several hosts, which share --data and --run: found by itself on TPU pods and "
          "SLURM; else process 0's address, how many, and which")  # fmt: skip
@@ -123,10 +123,12 @@ def parse_flags(argv, devices):
     parser = make_parser()
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        raise Refused(f"{unknown[0]}: no such flag" + "".join(f"; did you mean {name}?" for name in nearest))
+        typo = unknown[0].split("=")[0]
+        nearest = difflib.get_close_matches(typo, [f"--{name}" for name in vars(typed)], 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise Refused(f"{typo}: no such flag{hint}")
     if typed.resume and typed.init_from:
-        raise Refused("--resume goes on from RUN/last.ckpt, --init_from from another checkpoint: choose one")
+        raise Refused("--resume goes on from RUN/last.ckpt, --init_from from another: choose one")
     size = typed.size or ("tiny" if devices[0].platform == "cpu" else "base")
     preset = {"size": size} | SIZES[size] | RECIPES[typed.recipe]
     preset["precision"] = "bfloat16" if computes_in_bfloat16(devices[0]) else "float32"
@@ -149,36 +151,35 @@ def parse_flags(argv, devices):
     return args, facts
 
 
-# ------------------------------------------------------------------------------------ batch
+# -------------------------------------------------------------------------------------------- batch
 
 
 class Data:
-    """The folder that tokenize.py wrote. The tokens stay on disk; windows of them are read as needed."""
+    """The folder that tokenize.py wrote. Its tokens stay on disk, but for the windows of a step."""
 
     def __init__(self, folder, context):
-        self.folder, self.tokens, self.starts = Path(folder), {}, {}  # starts: where each BOS stands
+        self.folder, self.tokens, self.starts = Path(folder), {}, {}  # starts: places of BOS
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
             for side in ("train", "val"):
                 self.tokens[side] = np.memmap(self.folder / f"{side}.bin", self.meta["dtype"], "r")
         except (OSError, ValueError) as error:
-            raise Refused(f"--data {folder}: {error}; python tokenize.py SOURCE --out {folder} makes one")
+            cure = f"python tokenize.py SOURCE --out {folder} makes one"
+            raise Refused(f"--data {folder}: {error}; {cure}") from error
         self.music = {side: self.meta[side] for side in ("train", "val")}
         self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
         if self.sha256 != self.meta["tokenizer_sha256"]:
-            raise Refused(f"--data {folder}: tokenizer.json is not the one that wrote the tokens")
+            raise Refused(f"{folder}: tokenizer.json is not the one that wrote the tokens")
         for side, tokens in self.tokens.items():
             self.starts[side] = np.flatnonzero(tokens == self.meta["bos"])
             if len(tokens) != self.meta[side]["tokens"] or len(self.starts[side]) == 0:
-                raise Refused(f"--data {folder}: {side}.bin is cut short or without music")
-            if tokens.max() >= self.meta["vocab_size"]:  # which JAX would clamp in silence
-                raise Refused(f"--data {folder}: {side}.bin holds ids beyond the vocabulary")
+                raise Refused(f"{folder}: {side}.bin is cut short or without music")
+            if tokens.max() >= self.meta["vocab_size"]:  # JAX would clamp them in silence
+                raise Refused(f"{folder}: {side}.bin holds ids beyond the vocabulary")
             if len(tokens) <= context:
-                raise Refused(
-                    f"--data {folder}: the {len(tokens)} tokens of {side}.bin are too few for --context "
-                    f"{context}; take more music or less context"
-                )
+                size = f"the {len(tokens)} tokens of {side}.bin"
+                raise Refused(f"{folder}: {size} are too few for --context {context}")
 
     def windows(self, side, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
@@ -186,7 +187,7 @@ class Data:
         return np.asarray(self.tokens[side][places], np.int32)
 
     def batch(self, args, step):
-        """The windows [A, B, T + 1] of a step: a function of seed and step, so a resumed run draws the same."""
+        """The windows [A, B, T + 1] of a step: a function of seed and step alone."""
         rng = np.random.default_rng((args.seed, step))
         starts = rng.integers(len(self.tokens["train"]) - args.context, size=args.batch_size)
         piece = np.searchsorted(self.starts["train"], starts, side="right") - 1
@@ -206,10 +207,10 @@ REPLICATED, ROWS, MICRO_ROWS = PartitionSpec(), PartitionSpec("data"), Partition
 
 
 def token_losses(model, tokens_BT, seeds_B, precision):
-    """Nats of every token but each row's first, float32 [B * T], in `precision` from float32 weights."""
+    """Nats of every token but each row's first, float32 [B * T], computed in `precision`."""
     model = jax.tree.map(lambda weights: weights.astype(precision), model)
     logits_BTV, _ = model(tokens_BT[:, :-1], seeds_B)
-    logits = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # [B * T, V]: flat is a third faster on CPU
+    logits = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # flat: a third faster on CPU
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:].ravel())
 
 
@@ -220,36 +221,60 @@ def make_schedule(args):
     return optax.warmup_cosine_decay_schedule(0, peak, warmup, args.steps, peak / 10)
 
 
-def make_optimizer(args):
-    """Clipping, then AdamW or Muon (Jordan 2024, Liu et al. 2025)."""
-    common = dict(learning_rate=make_schedule(args), weight_decay=args.weight_decay)
-    if args.optimizer == "muon":  # updates as large as AdamW's; what is no block's matrix has AdamW
-
-        def dimensions(model):
-            return map_matrices(model, optax.contrib.MuonDimensionNumbers(), None)
-
-        adam = dict(adam_b1=0.9, adam_b2=0.95)
-        update = optax.contrib.muon(
-            **common, **adam, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions
-        )
-    else:
-        update = optax.adamw(**common, b1=0.9, b2=0.95, mask=lambda model: map_matrices(model, True, False))
-    return optax.chain(optax.clip_by_global_norm(args.grad_clip), update)
+def make_optimizer(args, mesh):
+    """Clipping, then AdamW; or Muon for the blocks' matrices (Jordan 2024), AdamW for the rest."""
+    rate = make_schedule(args)
+    decay = optax.add_decayed_weights(args.weight_decay, mask=are_matrices)
+    direction = optax.scale_by_adam(b1=0.9, b2=0.95)
+    if args.optimizer == "muon":
+        momentum = optax.trace(0.95, nesterov=True)
+        turn = optax.stateless(lambda updates, _: orthogonalize(updates, mesh))
+        kinds = {True: optax.chain(momentum, turn), False: direction}
+        direction = optax.partition(kinds, are_matrices)
+    clip = optax.clip_by_global_norm(args.grad_clip)
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate))
 
 
-def map_matrices(model, yes, no):
-    """The model's tree with `yes` in place of the blocks' matrices and `no` in place of other weights."""
+def are_matrices(model):
+    """The model's tree with True in place of all that has two dimensions and stands in a block."""
 
-    def choose(path, leaf):
-        is_in_block = jax.tree_util.GetAttrKey("blocks") in path
-        return yes if is_in_block and leaf.ndim == 2 else no
+    def is_matrix(path, leaf):
+        return jax.tree_util.GetAttrKey("blocks") in path and leaf.ndim == 2
 
-    return jax.tree_util.tree_map_with_path(choose, model)
+    return jax.tree_util.tree_map_with_path(is_matrix, model)
+
+
+def orthogonalize(momentum, mesh):
+    """Each matrix as one that turns and hardly stretches: five Newton-Schulz steps (Jordan 2024).
+
+    Entries are 0.2 on average, as large as AdamW's (Liu et al. 2025). Matrices of one shape are
+    stacked, every device does its share of the stack, and all get all.
+    """
+
+    def newton_schulz(x_NAB):
+        x_NAB /= jnp.linalg.norm(x_NAB, axis=(1, 2), keepdims=True) + 1e-7
+        for _ in range(5):
+            gram_NAA = x_NAB @ x_NAB.mT
+            x_NAB = 3.4445 * x_NAB + (-4.7750 * gram_NAA + 2.0315 * gram_NAA @ gram_NAA) @ x_NAB
+        return jax.lax.all_gather(0.2 * x_NAB.shape[2] ** 0.5 * x_NAB, "data", tiled=True)
+
+    leaves, treedef = jax.tree.flatten(momentum)
+    wide = [leaf if leaf.shape[0] <= leaf.shape[1] else leaf.T for leaf in leaves]
+    turned = {}
+    for shape in dict.fromkeys(leaf.shape for leaf in wide):
+        places = [place for place, leaf in enumerate(wide) if leaf.shape == shape]
+        stack = jnp.stack([wide[place] for place in places])
+        stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
+        turned |= dict(zip(places, on_each_device(newton_schulz, mesh, ROWS)(stack)))
+    for place, leaf in enumerate(leaves):
+        turned[place] = turned[place] if turned[place].shape == leaf.shape else turned[place].T
+    return treedef.unflatten(turned[place] for place in range(len(leaves)))
 
 
 def on_each_device(function, mesh, *in_specs):
-    """Every device runs `function` on its own rows: XLA can't split the fused attention kernels by itself."""
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=REPLICATED, check_vma=False)
+    """Every device runs `function` on its own rows: XLA can't split fused attention by itself."""
+    specs = dict(in_specs=in_specs, out_specs=REPLICATED)
+    return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
 
 
 def make_train_step(args, mesh, optimizer):
@@ -281,13 +306,13 @@ def make_train_step(args, mesh, optimizer):
 
 
 def fresh_state(args, vocab_size, optimizer):
-    """All that training changes, as one dict: what is added to it is saved, restored and resumed by itself."""
+    """All that training changes: what is added to this dict is saved and resumed by itself."""
     shape = {name: getattr(args, name) for name in (*NETWORK, "dropout", "attention")}
     model = Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
     return {"model": model, "optimizer": optimizer.init(model)}
 
 
-# ------------------------------------------------------------------------------------ evaluate
+# ----------------------------------------------------------------------------------------- evaluate
 
 
 def make_eval_step(args, mesh):
@@ -305,18 +330,19 @@ def evaluate(args, data, mesh, eval_step, model):
     """Every token of every held-out piece, predicted once, from those before it in its window."""
     piece_ends = np.append(data.starts["val"][1:], len(data.tokens["val"]))
     windows = [
-        (start, min(args.context, end - 1 - start))  # first token, and how many predictions are real
+        (start, min(args.context, end - 1 - start))  # first token, number of real predictions
         for piece, end in zip(data.starts["val"], piece_ends)
         for start in range(piece, end - 1, args.context)
     ]
     rows, nats = args.batch_size // args.accumulate, 0.0
     padded = windows + [(0, 0)] * (-len(windows) % rows)
     hidden = jax.process_index() != 0
-    for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2, disable=hidden):
-        starts, counts = np.array(padded[i : i + rows]).T
+    batches = range(0, len(padded), rows)
+    for i in tqdm(batches, desc="evaluating", leave=False, delay=2, disable=hidden):
+        starts, count_B = np.array(padded[i : i + rows]).T
         tokens_BT = data.windows("val", starts, args.context + 1)
-        # float waits for the device: many steps in flight would block each other on virtual CPU devices
-        nats += float(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, counts)))
+        # float waits: many steps in flight would block each other on virtual CPU devices
+        nats += float(eval_step(model, put(mesh, ROWS, tokens_BT), put(mesh, ROWS, count_B)))
     return {
         "val_nats_per_token": nats / sum(count for _, count in windows),
         "val_nats_per_note": nats / data.meta["val"]["notes"],
@@ -324,12 +350,12 @@ def evaluate(args, data, mesh, eval_step, model):
     }
 
 
-# ------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def train(args, data, mesh, saved):
     """Returns the rows of log.csv and the Stop, which knows whether and why the run ended early."""
-    optimizer, schedule, run = make_optimizer(args), make_schedule(args), Path(args.run)
+    run, schedule, optimizer = Path(args.run), make_schedule(args), make_optimizer(args, mesh)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = fresh_or_restored(args, data, mesh, optimizer, saved)
     first, rows, is_main = facts["step"], facts["rows"], jax.process_index() == 0
@@ -337,11 +363,11 @@ def train(args, data, mesh, saved):
         introduce(args, data, mesh, state["model"])
         with atomic_write(run / "tokenizer.json") as file:
             file.write(data.tokenizer)
-        print("compiling ..." if first < args.steps else f"all {first} steps are done: --steps N adds more")
+        print("compiling ..." if first < args.steps else f"all {first} steps are done (--steps)")
     if args.init_from and first == 0:
-        nats_per_note = evaluate(args, data, mesh, eval_step, state["model"])["val_nats_per_note"]
+        before = evaluate(args, data, mesh, eval_step, state["model"])
         if is_main:
-            print(f"before fine-tuning: val_nats_per_note={nats_per_note:.4f}")
+            print(f"before fine-tuning: val_nats_per_note={before['val_nats_per_note']:.4f}")
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.batch(args, first))
     if first < args.steps:  # compiled before tokens per second are counted
@@ -386,7 +412,8 @@ def train(args, data, mesh, saved):
 class Stop:
     """Why a run ends early, on all processes at the same step: a signal or --max_hours."""
 
-    SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"  # Ctrl-C, kill, a closed terminal, a scheduler's warning
+    # Ctrl-C, kill, a closed terminal, a scheduler's warning
+    SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 
     def __init__(self, max_hours):
         self.deadline, self.reason, self.exit_code = LAUNCHED + 3600 * max_hours, None, 0
@@ -399,15 +426,16 @@ class Stop:
     def on_signal(self, number, frame):
         self.reason, self.exit_code = signal.Signals(number).name, 128 + number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
-        for terminal in TERMINALS if self.reason == "SIGHUP" else ():  # is gone: printing there would fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        if self.reason == "SIGHUP":  # the terminal is gone, and printing there would fail
+            for terminal in TERMINALS:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     def wanted(self, logging):
         """To be asked after every step; --max_hours counts where a row is logged."""
         if logging:
             now = time.time()
             self.longest, self.checked = max(self.longest, now - self.checked), now
-            if now + self.longest > self.deadline:  # another stretch as long as the longest ends too late
+            if now + self.longest > self.deadline:  # a stretch as long as the longest ends too late
                 self.reason = self.reason or "--max_hours"
         if jax.process_count() == 1:
             return self.reason is not None
@@ -420,7 +448,7 @@ class Stop:
 
 
 def stop_if_diverged(args, rows, vocab_size):
-    """Stops where the loss is worse than guessing at random, or 1.5 times that of the weights given.
+    """Stops where the loss is above that of guessing at random, or 1.5 times that of given weights.
 
     Held-out music may be twice as bad: overfitting is no divergence.
     """
@@ -431,26 +459,26 @@ def stop_if_diverged(args, rows, vocab_size):
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
     if not (losses_fit and np.isfinite(row["grad_norm"])):
         sys.exit(
-            f"The run diverged: at step {row['step']} the loss is {row['train_loss']:.3f} and the gradient's "
-            f"norm {row['grad_norm']:.3g}. Checkpoints in {args.run} are from before. Try a lower "
-            f"--learning_rate, a longer --warmup (now {args.warmup}) or --precision float32."
+            f"The run diverged: at step {row['step']} the loss is {row['train_loss']:.3f} and the "
+            f"gradient's norm {row['grad_norm']:.3g}. Checkpoints in {args.run} are from before. "
+            f"Try a lower --learning_rate or a longer --warmup (now {args.warmup})."
         )
 
 
-# ------------------------------------------------------------------------------------ devices
+# ------------------------------------------------------------------------------------------ devices
 
 LAUNCHED = time.time()
 TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 TPU_MARKS = "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_NAME", "COLAB_TPU_ADDR", "ISTPUVM"
-PEAK_TERAFLOPS = {  # dense bfloat16, one JAX device; the first name that is part of the device's counts
-    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459,
-    "TPU v6": 918, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "L4": 121,
-    "RTX 3090": 71, "RTX 4090": 165,
+PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device; the first that is part of its name counts
+    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197,
+    "TPU v5": 459, "TPU v6": 918, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "H200": 989, "L4": 121, "RTX 3090": 71, "RTX 4090": 165,
 }  # fmt: skip
 
 
 def find_devices(multihost):
-    """Every device of this machine, or of all hosts; never the CPU of a machine that should have a TPU."""
+    """Every device of this machine or of all hosts; never the CPU where a TPU should be."""
     try:
         if multihost is not None:
             address, *numbers = multihost.split(",") if multihost else [None]
@@ -461,47 +489,46 @@ def find_devices(multihost):
     marks = [name for name in TPU_MARKS if name in os.environ]
     if marks and devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
         raise Refused(
-            f"this machine calls itself a TPU VM ({marks[0]}), but JAX sees no TPU: is another program, such "
-            "as a notebook that imported jax, using it? Else start a new session, or train on the CPU: "
-            "JAX_PLATFORMS=cpu python train.py"
+            f"this machine calls itself a TPU VM ({marks[0]}), but JAX sees no TPU. Does a "
+            "notebook that imported jax hold it? Restart that, or the session. "
+            "JAX_PLATFORMS=cpu python train.py trains on the CPU"
         )
     return devices
 
 
 def computes_in_bfloat16(device):
-    """A TPU, or an NVIDIA GPU from Ampere on (an AMD GPU's capability reads, for example, gfx942)."""
+    """A TPU, or an NVIDIA GPU from Ampere on (the capability of an AMD GPU reads like gfx942)."""
     capability = str(getattr(device, "compute_capability", ""))
     return device.platform == "tpu" or re.fullmatch(r"([89]|\d\d)\.\d", capability) is not None
 
 
 def choose_attention(args, device):
     """The fastest attention that works here: what its shapes allow and the compiler accepts."""
-    kind, K = device.device_kind, args.dim // args.heads
-    fused = "xla"
+    kind, K, fused = device.device_kind, args.dim // args.heads, "xla"
     if kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0:
         fused = "splash"
     elif device.platform == "gpu" and computes_in_bfloat16(device) and K in range(8, 129, 8):
         fused = "cudnn"
-    wanted = args.attention or (fused if args.precision == "bfloat16" else "xla")
-    if wanted != "xla" and (wanted != fused or args.precision != "bfloat16"):
-        raise Refused(f"--attention {wanted}: this device, --precision and shape allow xla alone")
-    if wanted == "xla":
+    if args.precision != "bfloat16":
+        fused = "xla"
+    if args.attention not in (None, "xla", fused):
+        raise Refused(f"--attention {args.attention}: this device and shape allow {fused}")
+    if args.attention == "xla" or fused == "xla":
         return "xla"
-
-    error = compile_error(wanted, device, args.heads, K)
+    error = compile_error(fused, device, args.heads, K)
     if error is None:
-        return wanted
-    extra = "tpu" if wanted == "splash" else "cuda13"
+        return fused
+    extra = "tpu" if fused == "splash" else "cuda13"
     print(
-        f"{wanted} attention does not compile here ({error[:80]}): plain attention takes about twice the time "
-        f"and memory. The cure, in a fresh session, before anything imports jax: "
+        f"{fused} attention does not compile here ({error[:120]}): plain attention takes up to "
+        f"1.5 times the time and 1.6 times the memory. The cure, in a fresh session, before anything imports jax: "
         f'pip install "jax[{extra}]=={jax.__version__}"'
     )
     return "xla"
 
 
 def compile_error(kind, device, heads, K):
-    """Why a small forward and backward pass of this attention does not compile for a device; None if it does."""
+    """Why a small forward and backward pass does not compile for a device; None if it does."""
 
     def loss(q, k, v):
         return causal_attention(q, k, v, kind).astype(jnp.float32).sum()
@@ -511,39 +538,40 @@ def compile_error(kind, device, heads, K):
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     try:
         gradient.lower(window_BTHK, window_BTHK, window_BTHK).compile()
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # a libtpu or cuDNN that is too old, say
+    except (RuntimeError, ValueError) as error:  # libtpu or cuDNN is too old, say
         return str(error).splitlines()[0]
 
 
 def put(mesh, spec, array):
-    """Host array -> devices. On several hosts each passes the same array and keeps its own devices' rows."""
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+    """Host array -> devices. Of several hosts, each keeps the rows of its own devices."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def flops_per_token(args, model):
-    """Forward and backward, 6 N + 12 L D T (PaLM, appendix B); N leaves out the embedding tables."""
+    """Forward and backward, 6 N + 12 L D T (PaLM, appendix B); N without embedding tables."""
     multiplied = parameter_count(model) - parameter_count([model.position_TD, model.token_VD])
     return 6 * multiplied + 12 * args.layers * args.dim * args.context
 
 
 def throughput(args, mesh, model, tokens_per_second):
     """Also as model-FLOPs utilisation, the share of the devices' peak, where that is known."""
-    row, kind = {"tokens_per_second": tokens_per_second}, mesh.devices.flat[0].device_kind
-    for name, peak in PEAK_TERAFLOPS.items():
-        if args.precision == "bfloat16" and re.search(name + r"(?!\d)", kind):  # an L40S is no L4
-            flops = tokens_per_second * flops_per_token(args, model)
-            return row | {"mfu": flops / (mesh.size * peak * 1e12)}
+    kind, row = mesh.devices.flat[0].device_kind, {"tokens_per_second": tokens_per_second}
+    known = [name for name in PEAK_TERAFLOPS if re.search(name + r"(?!\d)", kind)]  # L40S: no L4
+    if known and args.precision == "bfloat16":
+        peak = mesh.size * 1e12 * PEAK_TERAFLOPS[known[0]]
+        row["mfu"] = tokens_per_second * flops_per_token(args, model) / peak
     return row
 
 
-# ------------------------------------------------------------------------------------ checkpoints and log
+# ----------------------------------------------------------------------------------- restoring, log
 
-COLUMNS = ["step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note", "val_bits_per_second",
-           "learning_rate", "grad_norm", "tokens_per_second", "mfu"]  # fmt: skip
+COLUMNS = "step seconds train_loss val_nats_per_token val_nats_per_note val_bits_per_second"
+COLUMNS = [*COLUMNS.split(), "learning_rate", "grad_norm", "tokens_per_second", "mfu"]
 
 
 def fresh_or_restored(args, data, mesh, optimizer, saved):
-    """The state to train, on every device, and the facts of the run: new, from other weights, or resumed."""
+    """The state to train, on every device, and the facts of the run: new, fine-tuned or resumed."""
     state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": []}
     if args.resume:
@@ -552,9 +580,11 @@ def fresh_or_restored(args, data, mesh, optimizer, saved):
     elif args.init_from:
         state |= load(args.init_from, {"model": state["model"]})[0]
     flags = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
-    facts |= {"flags": flags, "config": dataclasses.asdict(state["model"].cfg), "music": data.music}
-    facts |= {"data": relative(data.folder, args.run), "tokenizer_sha256": data.sha256}
-    return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
+    facts |= {"flags": flags, "config": dataclasses.asdict(state["model"].cfg)}
+    facts |= {"data": relative(data.folder, args.run), "music": data.music}
+    facts["tokenizer_sha256"] = data.sha256
+    state = jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state)
+    return state, facts
 
 
 def relative(path, start):
@@ -566,10 +596,10 @@ def relative(path, start):
 
 
 def record(args, rows):
-    """Show the last row, and write all to log.csv and, after an evaluation, to a picture of the curve."""
+    """Show the last row, and write all to log.csv and, after an evaluation, to loss.png."""
     run, row = Path(args.run), rows[-1]
-    brief = [f"{name} {value:.0f}" if value > 999 else f"{name} {value:.4g}" for name, value in row.items()]
-    tqdm.write("  ".join(brief))
+    brief = {name: f"{value:.0f}" if value > 999 else f"{value:.4g}" for name, value in row.items()}
+    tqdm.write("  ".join(f"{name} {value}" for name, value in brief.items()))
     if args.wandb:
         import wandb
 
@@ -588,37 +618,35 @@ def record(args, rows):
 def draw_curve(path, rows):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
-    for name, style, label in (("train_loss", "-", "train"), ("val_nats_per_token", "o-", "held-out pieces")):
+    for name, style in (("train_loss", "-"), ("val_nats_per_token", "o-")):
         points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points), style, label=label)
+        axes.plot(*zip(*points), style, label=name)
     axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, dpi=120)
 
 
 def introduce(args, data, mesh, model):
-    """Say what runs on what, and the nats of knowing only how frequent each token is: the first thing to beat."""
-    train, val = data.meta["train"], data.meta["val"]
+    """Say what runs on what, and the loss of knowing only how frequent each token is."""
+    train, val = data.music["train"], data.music["val"]
     counts = np.bincount(data.tokens["train"][: 10**7], minlength=data.meta["vocab_size"])
     share = counts[counts > 0] / counts.sum()
     entropy = -(share * np.log(share)).sum()
-    print(
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {args.precision}, {args.attention} attention: "
-        f"--size {args.size}, {parameter_count(model):,} parameters, --optimizer {args.optimizer}"
-    )
     passes = args.steps * args.batch_size * args.context / train["tokens"]
-    print(f"{args.steps} steps, which pass {passes:.1f} times over {train['tokens']:,} training tokens")
     print(
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {args.precision}, {args.attention} "
+        f"attention; --size {args.size}: {parameter_count(model):,} parameters, {args.optimizer}\n"
+        f"{args.steps} steps pass {passes:.1f} times over {train['tokens']:,} training tokens\n"
         f"vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
         f"({entropy * val['tokens'] / val['notes']:.3f} per note)"
     )
 
 
-# ------------------------------------------------------------------------------------ the steps, in order
+# --------------------------------------------------------------------------------------------- main
 
 
 def complete(args, data, devices):
-    """Fill in the flags that follow from others, the data and the devices; refuse a batch that can't be split."""
+    """Fill in the flags that follow from others, from the data and the devices."""
     tokens_a_step = args.batch_size * args.context
     if args.steps is None:
         passes = args.max_passes * data.meta["train"]["tokens"] / tokens_a_step
@@ -630,10 +658,9 @@ def complete(args, data, devices):
     unit = len(devices) * args.accumulate
     if args.batch_size % unit:
         nearest = max(1, round(args.batch_size / unit)) * unit
-        raise Refused(
-            f"--batch_size {args.batch_size}: does not divide over {len(devices)} devices x --accumulate "
-            f"{args.accumulate}; the nearest that does is {nearest}"
-        )
+        parts = f"{len(devices)} devices x --accumulate {args.accumulate}"
+        hint = f"does not divide over {parts}; the nearest that does is {nearest}"
+        raise Refused(f"--batch_size {args.batch_size}: {hint}")
     args.attention = choose_attention(args, devices[0])
 
 
@@ -643,7 +670,7 @@ def main(argv):
         raise Refused("--wandb: pip install wandb")
     devices = find_devices(typed.multihost)
     args, saved = parse_flags(argv, devices)
-    run, source = Path(args.run), args.init_from or f"{args.run}/last.ckpt"
+    run, source = Path(args.run), f"{args.run}/last.ckpt" if args.resume else args.init_from
     if any(run.glob("*.ckpt")) and not args.resume:
         raise Refused(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
     if (run / "meta.json").exists():
@@ -655,9 +682,10 @@ def main(argv):
             f"--tokenizer {Path(source).with_name('tokenizer.json')}"
         )
     if args.resume and saved["music"] != data.music:
-        raise Refused(f"{data.folder} holds other music by now; --init_from {source} --run NEW learns it")
+        cure = f"--init_from {source} --run NEW learns it"
+        raise Refused(f"{data.folder} holds other music by now; {cure}")
     complete(args, data, devices)
-    if args.precision == "float32" and devices[0].platform != "cpu":  # where products are rounded by default
+    if args.precision == "float32" and devices[0].platform != "cpu":  # GPUs, TPUs round products
         jax.config.update("jax_default_matmul_precision", "highest")
     lock = filelock.FileLock(run / ".lock")
     try:
@@ -666,11 +694,12 @@ def main(argv):
             lock.acquire(timeout=0)
         rows, stop = train(args, data, Mesh(devices, ("data",)), saved)
     except filelock.Timeout:
-        raise Refused(f"--run {run}: another train.py is writing there; name another folder") from None
+        raise Refused(f"--run {run}: another train.py is writing there; name another") from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise Refused(f"out of memory; --accumulate {2 * args.accumulate} gives the same result in less")
+        cure = f"--accumulate {2 * args.accumulate} gives the same result in less"
+        raise Refused(f"out of memory; {cure}") from error
     finally:
         lock.release()
     if jax.process_index() == 0:
@@ -697,7 +726,7 @@ def summarize(args, rows, stop):
 
 
 if __name__ == "__main__":
-    for name in ("stdout", "stderr"):  # any console can show what is printed, and a closed one is no mistake
+    for name in ("stdout", "stderr"):  # may be closed, or unable to show some letters
         stream = getattr(sys, name) or open(os.devnull, "w")
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
