@@ -5,7 +5,8 @@
     logits, _ = model(tokens)        # integers [B, T] -> float32 [B, T, V]
 
 Names of arrays end in their shape where it changes:
-    B batch   T tokens   S cached tokens   D width   H heads   K head size (D = H K)   F = 4 D   V vocabulary
+    B batch   T tokens   S cached tokens   D width   H heads   K head size (D = H K)   F = 4 D
+    V vocabulary
 """
 
 import contextlib
@@ -52,7 +53,8 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0):
     Queries stand at positions start, start + 1, ...; which position a key has, `is_visible` says.
     """
     T, S, K = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[3]
-    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK * K**-0.5, k_BSHK, preferred_element_type=jnp.float32)
+    scaled_BTHK, in_float32 = q_BTHK * K**-0.5, dict(preferred_element_type=jnp.float32)
+    scores_BHTS = jnp.einsum("bthk,bshk->bhts", scaled_BTHK, k_BSHK, **in_float32)
     scores_BHTS = jnp.where(is_visible(T, S, start), scores_BHTS, -jnp.inf)
     weights_BHTS = jax.nn.softmax(scores_BHTS).astype(v_BSHK.dtype)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
@@ -140,7 +142,7 @@ class Block(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """Token ids in, logits of the next token out. All leaves are arrays: jax.jit, jax.grad and optax just work."""
+    """Token ids in, logits of the next token out. All leaves are arrays, so that JAX just works."""
 
     token_VD: jax.Array
     position_TD: jax.Array | None  # learned, added to the token's embedding
@@ -161,12 +163,12 @@ class Decoder(eqx.Module):
         self.cfg = cfg
 
     def __call__(self, tokens_BT, seeds_B=None, cache=None, start=0):
-        """Logits, float32 [B, T, V], of tokens that stand at positions start, start + 1, ..., and the filled cache.
+        """Logits, float32 [B, T, V], of tokens at positions start, start + 1, ..., and the cache.
 
         seeds_B: when training, one uint32 a row, which decides what dropout drops.
         cache: when sampling, from `empty_cache`; `start` may be traced.
         """
-        # looked up in float32: the gradients of a frequent token's many places would not add up in bfloat16
+        # in float32: the gradients of a frequent token's many places would not add up in bfloat16
         x_BTD = self.token_VD.astype(jnp.float32)[tokens_BT].astype(self.token_VD.dtype)
         if not self.cfg.rotary:
             x_BTD += jax.lax.dynamic_slice_in_dim(self.position_TD, start, tokens_BT.shape[1])
@@ -215,11 +217,12 @@ def normalize(x):
 def rotate(x_BTHK, start):
     """Turn pairs of numbers by angles that grow with the token's position (RoPE, Su et al. 2021)."""
     T, K = x_BTHK.shape[1], x_BTHK.shape[3]
-    frequency = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)  # [K / 2]
-    angle = (start + jnp.arange(T))[:, None, None] * frequency  # [T, 1, K / 2]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x_BTHK, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTHK.dtype)
+    frequency = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)
+    angle_T1K = jnp.tile((start + jnp.arange(T))[:, None, None] * frequency, 2)
+    # a product turns (a, b) into (-b, a): cutting x in two would take a TPU a fifth of the step
+    quarter_turn_KK = np.kron([[0, 1], [-1, 0]], np.eye(K // 2)).astype(x_BTHK.dtype)
+    turned_BTHK = x_BTHK @ quarter_turn_KK
+    return (x_BTHK * jnp.cos(angle_T1K) + turned_BTHK * jnp.sin(angle_T1K)).astype(x_BTHK.dtype)
 
 
 def hash32(x):
@@ -254,13 +257,13 @@ def dropout(x_BTD, seeds_B, rate):
 
 
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
-    """Room for the keys and values of `slots` tokens, by default of a context: one pair [B, S, H, K] a layer."""
+    """Room for keys and values of `slots` tokens (a context): one pair [B, S, H, K] a layer."""
     shape_BSHK = (batch, slots or cfg.context, cfg.heads, cfg.dim // cfg.heads)
     return [(jnp.zeros(shape_BSHK, dtype), jnp.zeros(shape_BSHK, dtype)) for _ in range(cfg.layers)]
 
 
 def extend(cache, k_BTHK, v_BTHK, start):
-    """The cache is a ring: position p stands in slot p % S. Several tokens at once must not pass its end."""
+    """Write to the cache, a ring: position p stands in slot p % S. One write must not pass its end."""
     k_BSHK, v_BSHK = cache
     slot = start % k_BSHK.shape[1]
     k_BSHK = jax.lax.dynamic_update_slice_in_dim(k_BSHK, k_BTHK, slot, axis=1)
@@ -287,7 +290,8 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
     if kind == "splash":
         return splash_attention(q_BTHK, k_BTHK, v_BTHK)
     if kind == "cudnn":
-        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+        fused = dict(is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, **fused)
     return blocked_attention(q_BTHK, k_BTHK, v_BTHK)
 
 
@@ -301,15 +305,17 @@ def blocked_attention(q_BTHK, k_BTHK, v_BTHK, block=128):
 
 
 def splash_attention(q_BTHK, k_BTHK, v_BTHK):
-    """The TPU's fused kernel, in blocks that divide T: a third of the step's time, half of its memory."""
+    """The TPU's fused kernel, in blocks that divide T: 0.6 of the step's memory, and faster."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, H, K = q_BTHK.shape[1:]
     block = next(size for size in (1024, 512, 256, 128) if T % size == 0)
-    sizes = splash.BlockSizes(block, block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
+    backward = dict(block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
+    sizes = splash.BlockSizes(block, block, **backward)
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
-    q_BHTK, k_BHTK, v_BHTK = (q_BTHK / K**0.5).swapaxes(1, 2), k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
+    q_BHTK = (q_BTHK / K**0.5).swapaxes(1, 2)
+    k_BHTK, v_BHTK = k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
     if jax.__version_info__ < (0, 7, 2):  # its kernel wants whole registers
         v_BHTK = jnp.pad(v_BHTK, [(0, 0)] * 3 + [(0, -K % 128)])
     return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK).swapaxes(1, 2)[..., :K]
@@ -324,7 +330,7 @@ def parameter_count(model):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """A file to write that takes the place of `path` once it is complete: a kill or a full disk costs nothing."""
+    """A file that takes the place of `path` once it is complete: a kill or a full disk costs nothing."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, mode) as file:
@@ -345,7 +351,7 @@ def save(path, tree, **meta):
 
 
 def load(path, like=None):
-    """Read (tree, meta). `like` is a tree of arrays, or a function of meta that builds one; only shapes count.
+    """Read (tree, meta). `like` is a tree of arrays, or a function of meta that builds one.
 
         load("run/last.ckpt", {"model": model, "optimizer": state})
         load("run/best.ckpt", lambda meta: {"model": Decoder(Config(**meta["config"]), jax.random.key(0))})

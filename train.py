@@ -18,6 +18,7 @@ if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: a notebook's kern
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -256,7 +257,8 @@ def orthogonalize(momentum, mesh):
         for _ in range(5):
             gram_NAA = x_NAB @ x_NAB.mT
             x_NAB = 3.4445 * x_NAB + (-4.7750 * gram_NAA + 2.0315 * gram_NAA @ gram_NAA) @ x_NAB
-        return jax.lax.all_gather(0.2 * x_NAB.shape[2] ** 0.5 * x_NAB, "data", tiled=True)
+        every_NAB = jax.lax.all_gather(0.2 * x_NAB.shape[2] ** 0.5 * x_NAB, "data", tiled=True)
+        return jax.lax.optimization_barrier(every_NAB)  # else a TPU gathers again for each matrix
 
     leaves, treedef = jax.tree.flatten(momentum)
     wide = [leaf if leaf.shape[0] <= leaf.shape[1] else leaf.T for leaf in leaves]
@@ -691,7 +693,8 @@ def main(argv):
     try:
         run.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            lock.acquire(timeout=0)
+            with contextlib.suppress(NotImplementedError):  # some network drives have no locks
+                lock.acquire(timeout=0)
         rows, stop = train(args, data, Mesh(devices, ("data",)), saved)
     except filelock.Timeout:
         raise Refused(f"--run {run}: another train.py is writing there; name another") from None
