@@ -1,7 +1,8 @@
 """The network: a GPT-2-style decoder whose attention and MLP run side by side in every block.
 
     from model import Config, Decoder
-    model = Decoder(Config(vocab_size=2000, dim=128, heads=4, layers=4, context=256), jax.random.key(0))
+    cfg = Config(vocab_size=2000, dim=128, heads=4, layers=4, context=256)
+    model = Decoder(cfg, jax.random.key(0))
     logits, _ = model(tokens)        # integers [B, T] -> float32 [B, T, V]
 
 Names of arrays end in their shape where it changes:
@@ -48,7 +49,7 @@ class Config:
 
 
 def attention(q_BTHK, k_BSHK, v_BSHK, start=0):
-    """softmax(q k / sqrt(K)) v (Vaswani et al. 2017): each query looks at the keys up to its own position.
+    """softmax(q k / sqrt(K)) v (Vaswani et al. 2017): each query sees the keys up to its position.
 
     Queries stand at positions start, start + 1, ...; which position a key has, `is_visible` says.
     """
@@ -68,15 +69,16 @@ class Attention(eqx.Module):
     v_DD: jax.Array
     out_DD: jax.Array
     out_bias_D: jax.Array
-    scale_H: jax.Array | None  # with qk_norm: how sharp attention is, because only directions count then
+    scale_H: jax.Array | None  # with qk_norm: how sharp attention is
     cfg: Config = eqx.field(static=True)
 
     def __init__(self, cfg, key):
         q_key, k_key, v_key, out_key = jax.random.split(key, 4)
         D = cfg.dim
-        self.q_DD, self.k_DD, self.v_DD = normal(q_key, D, D), normal(k_key, D, D), normal(v_key, D, D)
+        self.q_DD, self.k_DD = normal(q_key, D, D), normal(k_key, D, D)
+        self.v_DD = normal(v_key, D, D)
         self.out_DD, self.out_bias_D = normal(out_key, D, D, std=residual_std(cfg)), jnp.zeros(D)
-        self.scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None  # at first, scores from -10 to 10
+        self.scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None  # at first
         self.cfg = cfg
 
     def __call__(self, x_BTD, cache=None, start=0):
@@ -119,7 +121,7 @@ class MLP(eqx.Module):
 
 
 class Block(eqx.Module):
-    """x + attention(norm(x)) + MLP(norm(x)): both read the same x (Wang & Komatsuzaki 2021, GPT-J)."""
+    """x + attention(norm(x)) + MLP(norm(x)): both read the same x (GPT-J, Wang & Komatsuzaki)."""
 
     attention_norm: "LayerNorm"
     attention: Attention
@@ -204,7 +206,7 @@ def normal(key, *shape, std=0.02):
 
 
 def residual_std(cfg):
-    """For the matrices that write to the residual: keeps the variance of x even over depth (GPT-2)."""
+    """For matrices that write to the residual: keeps the variance of x even over depth (GPT-2)."""
     return 0.02 / (2 * cfg.layers) ** 0.5
 
 
@@ -215,7 +217,7 @@ def normalize(x):
 
 
 def rotate(x_BTHK, start):
-    """Turn pairs of numbers by angles that grow with the token's position (RoPE, Su et al. 2021)."""
+    """Turn pairs of numbers by angles that grow with the position (RoPE, Su et al. 2021)."""
     T, K = x_BTHK.shape[1], x_BTHK.shape[3]
     frequency = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)
     angle_T1K = jnp.tile((start + jnp.arange(T))[:, None, None] * frequency, 2)
@@ -240,9 +242,9 @@ def fold(seeds_B, place):
 def dropout(x_BTD, seeds_B, rate):
     """Zero a `rate` share of x and scale up the rest to keep the mean; without seeds, do nothing.
 
-    What is dropped depends on each row's seed alone, so it is the same on one device and on eight, in one
-    batch or in micro-batches. Hashes of seed and place fuse with what they drop: jax.random's bits took 9 %
-    of a step on CPU.
+    What is dropped depends on each row's seed alone, so it is the same on one device and on eight,
+    in one batch or in micro-batches. Hashes of seed and place fuse with what they drop: jax.random's
+    bits took 9 % of a step on CPU.
     """
     if seeds_B is None or rate == 0:
         return x_BTD
@@ -263,7 +265,7 @@ def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
 
 
 def extend(cache, k_BTHK, v_BTHK, start):
-    """Write to the cache, a ring: position p stands in slot p % S. One write must not pass its end."""
+    """Write to the cache, a ring: position p stands in slot p % S. No write may pass its end."""
     k_BSHK, v_BSHK = cache
     slot = start % k_BSHK.shape[1]
     k_BSHK = jax.lax.dynamic_update_slice_in_dim(k_BSHK, k_BTHK, slot, axis=1)
@@ -274,8 +276,8 @@ def extend(cache, k_BTHK, v_BTHK, start):
 def is_visible(T, S, start):
     """[T, S]: may the query at position start + t look at slot s?
 
-    Slot s holds the last token so far of those at s, s + S, s + 2 S, ...: with S = 4, the query at position
-    5 finds tokens 4, 5, 2, 3. Before the ring is full, some slots hold none yet. Without a cache S = T.
+    Slot s holds the last token so far of those at s, s + S, s + 2 S, ...: with S = 4, the query at
+    position 5 finds tokens 4, 5, 2, 3. Before the ring is full, some slots hold none yet.
     """
     position_T1 = start + jnp.arange(T)[:, None]
     age_TS = (position_T1 - jnp.arange(S)) % S  # of the slot's token, in tokens
@@ -330,7 +332,7 @@ def parameter_count(model):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """A file that takes the place of `path` once it is complete: a kill or a full disk costs nothing."""
+    """A file that takes the place of `path` once it is complete, whatever kill or full disk comes."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, mode) as file:
@@ -354,10 +356,11 @@ def load(path, like=None):
     """Read (tree, meta). `like` is a tree of arrays, or a function of meta that builds one.
 
         load("run/last.ckpt", {"model": model, "optimizer": state})
-        load("run/best.ckpt", lambda meta: {"model": Decoder(Config(**meta["config"]), jax.random.key(0))})
+        load("run/best.ckpt", lambda meta: {"model": Decoder(Config(**meta["config"]), key)})
 
-    What the file holds beyond `like` is left out. Nothing in it is ever executed (numpy refuses pickles),
-    the zip format's checksums notice damage, and float16 weights become what `like` has. Raises Refused.
+    Of `like` only shapes and types count; float16 weights become float32, if it says so. What the file
+    holds beyond it is left out. Nothing in the file is ever executed (numpy refuses pickles), and the
+    zip format's checksums notice damage. Raises Refused.
     """
     try:
         with np.load(path) as file:
@@ -365,8 +368,9 @@ def load(path, like=None):
         meta = json.loads(str(arrays["meta"]))
     except FileNotFoundError:
         raise Refused(f"{path}: no such checkpoint") from None
-    except Exception as error:  # whatever a damaged or foreign file provokes in zipfile, numpy and json
-        raise Refused(f"{path}: not a usable checkpoint ({error or type(error).__name__})") from error
+    except Exception as error:  # whatever a damaged or foreign file provokes in numpy and json
+        reason = error or type(error).__name__
+        raise Refused(f"{path}: not a usable checkpoint ({reason})") from error
 
     def find(place, leaf):
         name = jax.tree_util.keystr(place)

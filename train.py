@@ -97,7 +97,7 @@ def make_parser():
     knob("--accumulate", type=int, default=1, help="micro-batches a step: less memory, same result")
     knob("--learning_rate", type=float, help="its peak; muon takes twice as much")
     knob("--warmup", type=int, help="steps until the peak; default: a tenth of them, 1000 at most")
-    knob("--weight_decay", type=float, default=0.1, help="of the blocks' matrices and the head")
+    knob("--weight_decay", type=float, default=0.1, help="of the blocks' matrices")
     knob("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
     knob("--windows", choices=["random", "chunks"], default="random",
          help="start anywhere, or at multiples of --context in a piece")  # fmt: skip
@@ -523,8 +523,8 @@ def choose_attention(args, device):
     extra = "tpu" if fused == "splash" else "cuda13"
     print(
         f"{fused} attention does not compile here ({error[:120]}): plain attention takes up to "
-        f"1.5 times the time and 1.6 times the memory. The cure, in a fresh session, before anything imports jax: "
-        f'pip install "jax[{extra}]=={jax.__version__}"'
+        "1.5 times the time and 1.6 times the memory. The cure, in a fresh session, before "
+        f'anything imports jax: pip install "jax[{extra}]=={jax.__version__}"'
     )
     return "xla"
 
