@@ -1638,14 +1638,14 @@ def topology_devices(name):
 def attention_for(topology, *flags):
     """Which attention train.py chooses with the installed jax and libtpu, and why."""
     devices = topology_devices(topology)
-    args, _ = train.parse_flags(["--size", "base", *flags], devices)
+    args, _ = train.parse_flags(["--size", "base", *map(str, flags)], devices)
     print(f"jax {jax.__version__}, {devices[0].device_kind}: {train.choose_attention(args, devices[0])}")
 
 
 def compile_for(topology, *flags):
     """Compile the training step of the reference vocabulary: memory, collectives, time, the largest micro-batch."""
     devices = topology_devices(topology)
-    args, _ = train.parse_flags(list(flags), devices)
+    args, _ = train.parse_flags([*map(str, flags)], devices)
     train.complete(args, mock.Mock(meta={"train": {"tokens": 10**9}}), devices)
     mesh = train.Mesh(devices, ("data",))
     optimizer = train.make_optimizer(args, mesh)
