@@ -176,7 +176,7 @@ def load_tokenizer(path):
         same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
         raise Refused(f"{path}: not a usable tokenizer ({error or type(error).__name__})") from error
-    if tokenizer.special_tokens[:3] != ["PAD_None", "BOS_None", "EOS_None"] or not same_vocabulary:
+    if tokenizer.special_tokens != ["PAD_None", "BOS_None", "EOS_None"] or not same_vocabulary:
         raise Refused(f"{path}: not a usable tokenizer (written by another program)")
     return tokenizer
 
@@ -259,20 +259,39 @@ def grammar(tokenizer):
 
 
 def read_midi(path):
-    """MIDI file -> Score in which a track is a channel, with the notes and the pedal of that channel."""
+    """MIDI file -> Score with a track for each channel: its notes, its pedal, the file's tempos."""
     if not os.path.isfile(path):
         raise Refused("no such file")
     if os.path.getsize(path) > MAX_BYTES:
         raise Refused(f"too large: over {MAX_BYTES:,} bytes")
     try:
-        ticks, events, ends = read_events(midi_inside(Path(path).read_bytes()))
+        data = midi_inside(Path(path).read_bytes())
+        kind, size, form, count, ticks_per_beat = struct.unpack_from(">4sIHHh", data)
+        if kind != b"MThd" or size < 6 or form > 2:
+            raise Refused(f"not a whole MIDI file: it begins with {data[:10]}")
+        at, events, ends = 8 + size, [], []
+        while at + 8 <= len(data):
+            kind, size = struct.unpack_from(">4sI", data, at)
+            if kind == b"MTrk":
+                at = read_chunk(data, at + 8, size, events, ends)
+            elif kind.isalnum() and at + 8 + size <= len(data):
+                at += 8 + size  # holds no music
+            elif len(ends) < count and any(data[at:]):
+                raise Refused(f"not a whole MIDI file: {kind} in place of track {len(ends) + 1}")
+            else:
+                break  # what some programs leave behind
     except (IndexError, struct.error) as error:
         raise Refused("not a whole MIDI file: it ends too early") from error
     except (OSError, EOFError, zlib.error) as error:
         raise Refused(f"not a whole MIDI file: {error}") from error
-    if max(ends, default=0) >= 1 << 31:
-        raise Refused("too long: over 2,147,483,647 ticks")
-    return play(ticks, events, ends)
+    if form == 2 and len(ends) > 1:
+        raise Refused("format 2: its tracks are separate pieces")
+    if max(ends, default=0) > 1 << 30:  # symusic's are 32 bits wide
+        raise Refused(f"too long: over {1 << 30} ticks")
+    if ticks_per_beat <= 0:
+        raise Refused("no usable clock: it counts frames, or a beat has no ticks")
+    events.sort(key=itemgetter(0))  # at one tick: chunk by chunk, as they stand
+    return play(events, ends, ticks_per_beat)
 
 
 def midi_inside(data):
@@ -290,74 +309,46 @@ def midi_inside(data):
     return data
 
 
-def read_events(data):
-    """MIDI bytes -> ticks a beat; events (tick, chunk, status, first, second) as they sound; the tick
-    at which each chunk ends."""
-    kind, size, form, count, division = struct.unpack_from(">4sIHHh", data)
-    if kind != b"MThd" or size < 6 or form > 2:
-        raise Refused(f"not a whole MIDI file: it begins with {data[:10]}")
-    at, events, ends = 8 + size, [], []
-    while at + 8 <= len(data):
-        kind, size = struct.unpack_from(">4sI", data, at)
-        if kind == b"MTrk":
-            at = read_chunk(data, at + 8, size, events, ends)
-        elif kind.isalnum() and at + 8 + size <= len(data):
-            at += 8 + size  # holds no music
-        elif len(ends) < count and any(data[at:]):
-            raise Refused(f"not a whole MIDI file: after {len(ends)} of {count} tracks comes {kind}")
-        else:
-            break  # what some programs leave behind
-    if form == 2 and len(ends) > 1:
-        raise Refused("format 2: its tracks are separate pieces")
-    events.sort(key=itemgetter(0))  # at one tick: chunk by chunk, as they stand
-    if division >= 0:
-        return division, events, ends
-    # Time in frames of a second, which no tempo changes; "29" stands for 30 in 1.001 s. Let a beat be
-    # those 1 or 1.001 seconds.
-    frames, parts = -(division >> 8), division & 255
-    beat = 1_001_000 if frames == 29 else 1_000_000
-    events = [event for event in events if event[2:4] != (0xFF, 0x51)]
-    events.insert(0, (0, 0, 0xFF, 0x51, beat.to_bytes(3, "big")))
-    return (30 if frames == 29 else frames) * parts, events, ends
-
-
 def read_chunk(data, at, size, events, ends):
     """Add a track's events and the tick of its end; return where the next chunk begins.
 
-    A track lasts to its end-of-track event, whatever its length says; without one, as long as it says.
+    An event is (tick, chunk, kind, channel, first, second). A track lasts to its end-of-track event,
+    whatever its length says; without one, as long as that says.
     """
-    stop, tick, running, ended = at + size, 0, 0, False
+    stop, tick, port, running, ended = at + size, 0, 0, 0, False
     while at != stop and not ended:
-        delta, at = read_number(data, at)
+        delta = data[at]
+        at += 1
+        if delta > 127:  # rarely: many bytes
+            delta, at = read_number(data, at - 1)
         tick += delta
         status = data[at]
-        if status < 0x80:
+        if status < 128:
             status = running  # goes on after SysEx and meta events, as most players have it
         else:
             at += 1
-        if status < 0x80:
-            raise Refused("not a whole MIDI file: data without a status")
-        elif status < 0xF0:
-            running = status
-            first = second = data[at]
-            if not 0xC0 <= status < 0xE0:
-                at += 1
-                second = data[at]
-            at += 1
-            if first > 127 or second > 127:
+        if 128 <= status < 0xF0:
+            running, kind, first, second = status, status & 0xF0, data[at], data[at + 1]
+            at += 1 if kind in (0xC0, 0xD0) else 2
+            if first > 127 or second > 127 and kind not in (0xC0, 0xD0):
                 raise Refused("not a whole MIDI file: a data byte above 127")
-            events.append((tick, len(ends), status, first, second))
+            if kind < 0xA0 or kind == 0xB0 and (first == 64 or first >= 120):
+                events.append((tick, len(ends), kind, 16 * port + status % 16, first, second))
         elif status == 0xFF:
             first = data[at]
             length, at = read_number(data, at + 1)
-            events.append((tick, len(ends), status, first, data[at : at + length]))
+            second = data[at : at + length]
             at += length
+            events.append((tick, len(ends), status, None, first, second))
             ended = first == 0x2F
+            port = second[0] if first == 0x21 and second else port  # 16 channels each
         elif status in (0xF0, 0xF7):  # SysEx, its later parts, escaped bytes
             length, at = read_number(data, at)
             at += length
-        else:
+        elif status:
             at += {0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)  # means nothing in a file
+        else:
+            raise Refused("not a whole MIDI file: data without a status")
     ends.append(tick)
     if data[at : at + 4] == b"MTrk" or at >= len(data):
         return at
@@ -376,68 +367,64 @@ def read_number(data, at):
     raise Refused("not a whole MIDI file: a number of over four bytes")
 
 
-def play(ticks, events, ends):
-    """Events -> Score: which keys go down for how long on each channel, and its pedal."""
-    score, ports = Score(ticks), Counter()
+def play(events, ends, ticks_per_beat):
+    """Events in order -> Score: which keys go down on each channel, for how long, and the pedal."""
     tempos, metres = {}, {0: TimeSignature(0, 4, 4)}  # by tick, so that the last one counts
-    notes, pedals, struck = defaultdict(list), defaultdict(list), defaultdict(deque)
-    released, last_release = {}, {}  # at which tick a key was, of this channel; this key itself
+    notes, pedals = defaultdict(list), defaultdict(list)  # of each channel
+    struck = defaultdict(deque)  # (channel, chunk, pitch): its open notes, the oldest first
+    last_release, released = {}, {}  # the last tick, of such a key and of any on a channel
 
     def release(key, tick):
-        """End the note that was struck first; notes are told apart by channel, chunk and pitch."""
         if struck[key]:
             start, velocity = struck[key].popleft()
             notes[key[0]].append((start, tick - start, key[2], velocity))
-            released[key[0]] = last_release[key] = tick
+            last_release[key] = released[key[0]] = tick
 
     def move_pedal(channel, tick, down):
-        """Keep the ticks at which a channel's pedal goes down, up, down, up ...
+        """Add to the ticks at which a pedal goes down, up, down, up ... if it moves.
 
-        A key that was released at this very tick, before the pedal, is not held: it goes down after.
+        A key released at the tick at which it goes down, but before, is not held: it comes a tick later.
         """
         moves = pedals[channel]
         if down != len(moves) % 2:
-            if down and released.get(channel) == tick:
-                tick += 1
-            moves.append(max([tick, *moves[-1:]]))
+            late = down and released.get(channel) == tick
+            moves.append(max([tick + late, *moves[-1:]]))
 
-    for tick, chunk, status, first, second in events:
-        kind, channel = status & 0xF0, 16 * ports[chunk] + (status & 15)
+    for tick, chunk, kind, channel, first, second in events:
         if kind == 0x90 and second:
             struck[channel, chunk, first].append((tick, second))
-        elif kind in (0x80, 0x90):
+        elif kind < 0xA0:
             release((channel, chunk, first), tick)
-        elif kind == 0xB0 and first == 64:
-            move_pedal(channel, tick, second >= 64)
-        elif kind == 0xB0 and first == 121:  # reset all controllers
-            move_pedal(channel, tick, False)
-        elif kind == 0xB0 and first in (120, 123, 124, 125, 126, 127):  # all sound or all notes off
-            for key in struck:
-                while key[0] == channel and struck[key]:
-                    release(key, tick)
-            if first == 120 and len(pedals[channel]) % 2:
+        elif kind == 0xB0:
+            if first == 64:
+                move_pedal(channel, tick, second >= 64)
+            elif first in (120, 121):  # all sound off, reset all controllers
                 move_pedal(channel, tick, False)
-                move_pedal(channel, tick, True)
-        elif status == 0xFF and first == 0x21 and second:
-            ports[chunk] = second[0]
-        elif status == 0xFF and first == 0x51:
+            if first == 120 or first >= 123:  # all notes off
+                for key in struck:
+                    while key[0] == channel and struck[key]:
+                        release(key, tick)
+        elif first == 0x51:
             tempos[tick] = Tempo(tick, mspq=int.from_bytes(second[:3], "big"))
-        elif status == 0xFF and first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
+        elif first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
             metres[tick] = TimeSignature(tick, second[0], 1 << second[1])
     for key, left in struck.items():
-        for start, velocity in left:  # never released: a lone release before counts, or the track's end
+        for start, velocity in left:  # never released: until it was before, or to the track's end
             end = last_release.get(key, -1)
             end = end if end >= start else ends[key[1]]
             notes[key[0]].append((start, end - start, key[2], velocity))
+    if any(tempo.mspq < 10_000 for tempo in tempos.values()):
+        raise Refused("no usable clock: a beat of under 10 ms")
+    score = Score(ticks_per_beat)
     score.tempos.extend(tempos.values())
     score.time_signatures.extend(metres.values())
     for channel in sorted(notes):
-        if len(pedals[channel]) % 2:
-            move_pedal(channel, max(ends), False)
+        move_pedal(channel, max(ends), False)
         track = Track(is_drum=channel % 16 == 9)
         track.notes = Note.from_numpy(*np.array(sorted(notes[channel]), np.int32).T, "tick")
-        for number, tick in enumerate(pedals[channel]):
-            track.controls.append(ControlChange(tick, 64, 0 if number % 2 else 127))
+        moves = np.array(pedals[channel], np.int32)
+        values = np.where(np.arange(len(moves)) % 2, 0, 127)
+        track.controls = ControlChange.from_numpy(moves, np.full(len(moves), 64), values, "tick")
         score.tracks.append(track)
     return score
 
@@ -449,8 +436,6 @@ def prepare(score, tokenizer):
     """Score -> one piano track on the tokenizer's grid, at 120 bpm unless tokens keep its own beats."""
     config, grid = tokenizer.config, tokenizer.config.max_num_pos_per_beat
     own_beats = config.use_tempos or config.use_time_signatures
-    if score.ticks_per_quarter <= 0 or any(tempo.mspq < 10_000 for tempo in score.tempos):
-        raise Refused("no usable clock: a beat of 0 ticks, or under 10 ms")
     notes, pedal = piano(score, apply_pedal=not config.use_sustain_pedals)
     lowest, highest = config.pitch_range
     notes = notes[:, (lowest <= notes[2]) & (notes[2] <= highest)]
@@ -519,8 +504,9 @@ def piano(score, apply_pedal):
     down, up = np.concatenate(pedals, axis=1)
     order = np.argsort(down, kind="stable")
     down, up = down[order], np.maximum.accumulate(up[order])
-    alone = down[1:] >= up[:-1]  # goes down while no other is
-    return notes, np.stack([down[np.append(down[:1] >= 0, alone)], up[np.append(alone, up[:1] >= 0)]])
+    first = np.append(True, down[1:] >= up[:-1])[: len(down)]  # goes down while no other is
+    last = np.append(first[1:], True)[: len(down)]
+    return notes, np.stack([down[first], up[last]])
 
 
 def to_seconds(ticks, score):
@@ -567,32 +553,41 @@ def find_files(sources, work, skipped):
             elif kind == "midi":
                 takes.append(Take(name, str(file), published.get(file, "")))
             elif kind == "archive":
-                skipped.append((name, "an archive inside: unpack it and name it as a source"))
+                skipped.append((name, "an archive inside: unpack it, and name it as a source"))
     if not takes:
         raise Refused(f"no MIDI files in {', '.join(map(str, sources))}")
     return takes
 
 
 def walk(root, skipped):
-    """Yield every file below a folder, but for what macOS adds to archives and foreign disks."""
-    unreadable = lambda error: skipped.append((error.filename, "unreadable folder"))
-    for folder, names, files in os.walk(root, onerror=unreadable):
+    """Yield every file below a folder, but not what macOS adds to archives and to foreign disks."""
+
+    def skip(error):
+        skipped.append((error.filename, "unreadable folder"))
+
+    for folder, names, files in os.walk(root, onerror=skip):
         names[:] = [name for name in names if name != "__MACOSX"]
-        links = [path for name in names if os.path.islink(path := os.path.join(folder, name))]
-        skipped += [(path, "a link to a folder: name it as a source") for path in links]
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.islink(path):
+                skipped.append((path, "a link to a folder: name it as a source"))
         yield from (Path(folder, name) for name in files if not name.startswith("._"))
 
 
 def kind_of(path):
-    """ "midi" or "archive", as a file's first bytes or else its name say; "" for anything else."""
-    name, head = path.name.lower(), b""
+    """ "midi" or "archive", as a file's first bytes or its name say; "" for anything else."""
+    name, head, inside = path.name.lower(), b"", b""
     with suppress(OSError, EOFError, zlib.error):
         if path.is_file():  # opening a pipe would wait for ever
-            head = path.open("rb").read(132)
-        if head[:2] == b"\x1f\x8b":
-            head += gzip.open(path).read(132)[-132:]
+            with open(path, "rb") as file:
+                head = file.read(132)
+            if head[:2] == b"\x1f\x8b":
+                with gzip.open(path) as file:
+                    inside = file.read(132)
+    for data in (head, inside):  # MIDI as it is, RMID, MacBinary
+        if b"MThd" in (data[:4], data[128:]) or data[:4] + data[8:12] == b"RIFFRMID":
+            return "midi"
     if name.removesuffix(".gz").endswith(MIDI_NAMES):
-        return "midi"
+        return "midi"  # or should be
     return "archive" if name.endswith(ARCHIVE_NAMES) or head.startswith(ARCHIVE_BYTES) else ""
 
 
@@ -734,7 +729,7 @@ def in_workers(function, items, workers):
     todo, asked = iter(items), deque()
     try:
         while True:
-            for item in islice(todo, 100 - len(asked)):  # results must not pile up
+            for item in islice(todo, 300 - len(asked)):  # results must not pile up
                 asked.append(pool.schedule(function, [item], timeout=MAX_SECONDS))
             if not asked:
                 break
@@ -819,7 +814,7 @@ def find_pieces(takes):
     largest = files.argmax()
     loose = pairs[largest] < files[largest] * (files[largest] - 1) / 4
     if count == 1 or (loose and files[largest] > len(takes) / 2):
-        print(f"{files[largest]} of {len(takes)} files share passages: so each of them counts as a piece")
+        print(f"{files[largest]} of {len(takes)} files hang together: each of them counts as a piece")
         set_apart([take for take in takes if take.piece == largest], count)
 
 
@@ -979,11 +974,12 @@ def main(args):
     out, work = args.out, args.out / ".unfinished"
     if any(out.glob("*.ckpt")):
         raise Refused(f"--out {out}: holds a trained model and its tokenizer; name another folder")
-    if any((out / name).is_dir() for name in FILES):
-        raise Refused(f"--out {out}: a folder in it has the name of a file to write")
+    for path in (out / name for name in FILES):
+        if path.is_dir():
+            raise Refused(f"--out {out}: {path} is a folder, where a file is to be written")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(out / ".lock")
+        work.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(work / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise Refused(f"--out {out}: another run is writing there") from error
@@ -991,8 +987,9 @@ def main(args):
         raise Refused(f"--out {out}: {error.strerror}") from error
     try:
         settle(work, out)
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-        work.mkdir()
+        for path in work.iterdir():  # of a run that was killed
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         make_data(args, work)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -1001,14 +998,12 @@ def main(args):
     finally:
         if not (out / ".old").exists():  # else an exchange could not be undone: the next run does it
             shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):
-            (out / ".lock").unlink()
         lock.release()
         with suppress(OSError):  # only goes if it is empty
             out.rmdir()
 
 
-# ---------------------------------------------------------------------------- études: a corpus of our own
+# ----------------------------------------------------------------- études: a corpus of our own
 
 # Four chords, one a bar, by degree of the scale (0 tonic, 4 dominant): questions, answers, somewhere else.
 QUESTIONS = (0, 3, 0, 4), (0, 5, 3, 4), (0, 5, 1, 4), (0, 2, 3, 4), (0, 0, 3, 4)
