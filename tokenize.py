@@ -80,7 +80,7 @@ DATASETS = {
 MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
 MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
 BPE_NOTES = 2_500_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
-MAX_PASSAGES = 20_000_000  # kept in memory, of all files together
+MAX_PASSAGES = 15_000_000  # kept in memory, of all files together
 
 
 class Refused(ValueError):
@@ -183,7 +183,7 @@ def load_tokenizer(path):
 
 def encode(score, tokenizer):
     """Prepared Score -> list of ids, as they stand between BOS and EOS in the training data."""
-    return add_bpe(base_ids(score, tokenizer), tokenizer)
+    return add_bpe([base_ids(score, tokenizer)], tokenizer)[0]
 
 
 def base_ids(score, tokenizer):
@@ -217,12 +217,13 @@ def nearest(choices, values):
     return np.searchsorted((choices[1:] + choices[:-1]) / 2, values, "right")
 
 
-def add_bpe(ids, tokenizer):
-    """Base ids [N] -> list of ids after BPE."""
+def add_bpe(pieces, tokenizer):
+    """List of base ids [N] -> list of lists of ids after BPE, on all cores."""
     if not tokenizer.is_trained:
-        return ids.tolist()
-    batch = [bpe_words(ids, tokenizer)]  # of one: there is no fast call for a single text
-    return tokenizer._model.encode_batch_fast(batch, is_pretokenized=True)[0].ids
+        return [ids.tolist() for ids in pieces]
+    words = [bpe_words(ids, tokenizer) for ids in pieces]
+    encoded = tokenizer._model.encode_batch_fast(words, is_pretokenized=True)
+    return [piece.ids for piece in encoded]
 
 
 def bpe_words(ids, tokenizer):
@@ -312,10 +313,10 @@ def midi_inside(data):
 def read_chunk(data, at, size, events, ends):
     """Add a track's events and the tick of its end; return where the next chunk begins.
 
-    An event is (tick, chunk, kind, channel, first, second). A track lasts to its end-of-track event,
+    An event is (tick, chunk, status, port, first, second). A track lasts to its end-of-track event,
     whatever its length says; without one, as long as that says.
     """
-    stop, tick, port, running, ended = at + size, 0, 0, 0, False
+    stop, chunk, tick, port, running, ended = at + size, len(ends), 0, 0, 0, False
     while at != stop and not ended:
         delta = data[at]
         at += 1
@@ -327,21 +328,24 @@ def read_chunk(data, at, size, events, ends):
             status = running  # goes on after SysEx and meta events, as most players have it
         else:
             at += 1
-        if 128 <= status < 0xF0:
-            running, kind, first, second = status, status & 0xF0, data[at], data[at + 1]
-            at += 1 if kind in (0xC0, 0xD0) else 2
-            if first > 127 or second > 127 and kind not in (0xC0, 0xD0):
+        if 0x80 <= status < 0xF0:
+            running, first, second = status, data[at], 0
+            at += 1
+            if not 0xC0 <= status < 0xE0:  # these have one byte
+                second = data[at]
+                at += 1
+            if first > 127 or second > 127:
                 raise Refused("not a whole MIDI file: a data byte above 127")
-            if kind < 0xA0 or kind == 0xB0 and (first == 64 or first >= 120):
-                events.append((tick, len(ends), kind, 16 * port + status % 16, first, second))
+            if status < 0xA0 or 0xB0 <= status < 0xC0 and (first == 64 or first >= 120):
+                events.append((tick, chunk, status, port, first, second))
         elif status == 0xFF:
             first = data[at]
             length, at = read_number(data, at + 1)
             second = data[at : at + length]
             at += length
-            events.append((tick, len(ends), status, None, first, second))
+            events.append((tick, chunk, status, port, first, second))
             ended = first == 0x2F
-            port = second[0] if first == 0x21 and second else port  # 16 channels each
+            port = 16 * second[0] if first == 0x21 and second else port  # 16 channels each
         elif status in (0xF0, 0xF7):  # SysEx, its later parts, escaped bytes
             length, at = read_number(data, at)
             at += length
@@ -375,10 +379,9 @@ def play(events, ends, ticks_per_beat):
     last_release, released = {}, {}  # the last tick, of such a key and of any on a channel
 
     def release(key, tick):
-        if struck[key]:
-            start, velocity = struck[key].popleft()
-            notes[key[0]].append((start, tick - start, key[2], velocity))
-            last_release[key] = released[key[0]] = tick
+        start, velocity = struck[key].popleft()
+        notes[key[0]].append((start, tick - start, key[2], velocity))
+        last_release[key] = released[key[0]] = tick
 
     def move_pedal(channel, tick, down):
         """Add to the ticks at which a pedal goes down, up, down, up ... if it moves.
@@ -390,24 +393,25 @@ def play(events, ends, ticks_per_beat):
             late = down and released.get(channel) == tick
             moves.append(max([tick + late, *moves[-1:]]))
 
-    for tick, chunk, kind, channel, first, second in events:
-        if kind == 0x90 and second:
-            struck[channel, chunk, first].append((tick, second))
-        elif kind < 0xA0:
-            release((channel, chunk, first), tick)
-        elif kind == 0xB0:
-            if first == 64:
-                move_pedal(channel, tick, second >= 64)
-            elif first in (120, 121):  # all sound off, reset all controllers
-                move_pedal(channel, tick, False)
-            if first == 120 or first >= 123:  # all notes off
-                for key in struck:
-                    while key[0] == channel and struck[key]:
-                        release(key, tick)
-        elif first == 0x51:
-            tempos[tick] = Tempo(tick, mspq=int.from_bytes(second[:3], "big"))
-        elif first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
-            metres[tick] = TimeSignature(tick, second[0], 1 << second[1])
+    for tick, chunk, status, port, first, second in events:
+        channel = port + status % 16
+        if status < 0xA0:
+            key = channel, chunk, first
+            if status >= 0x90 and second:
+                struck[key].append((tick, second))
+            elif struck[key]:
+                release(key, tick)
+        elif status == 0xFF:
+            if first == 0x51:
+                tempos[tick] = Tempo(tick, mspq=int.from_bytes(second[:3], "big"))
+            elif first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
+                metres[tick] = TimeSignature(tick, second[0], 1 << second[1])
+        elif first in (64, 120, 121):  # the pedal; all sound off and reset all controllers lift it
+            move_pedal(channel, tick, first == 64 and second >= 64)
+        if 0xB0 <= status < 0xC0 and (first == 120 or first >= 123):  # all notes off
+            for key in struck:
+                while key[0] == channel and struck[key]:
+                    release(key, tick)
     for key, left in struck.items():
         for start, velocity in left:  # never released: until it was before, or to the track's end
             end = last_release.get(key, -1)
@@ -527,11 +531,12 @@ ARCHIVE_BYTES = b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"BZh", b"\xfd7z
 
 
 class Take:
-    """One MIDI file."""
+    """One MIDI file; its name, for people, has the folders in its source."""
+
+    __slots__ = "name", "path", "side", "notes", "seconds", "span", "passages", "tag", "piece"
 
     def __init__(self, name, path, side=""):
-        self.name, self.path = name, path  # name: for people, with the folders in its source
-        self.side = side  # "train" or "val"; at first only where that is published
+        self.name, self.path, self.side = name, path, side  # side: "train" or "val", if published
 
 
 def find_files(sources, work, skipped):
@@ -788,14 +793,14 @@ def find_pieces(takes):
     What hangs together is one piece.
     """
     lengths = np.array([len(take.passages) for take in takes])
-    owner = np.repeat(np.arange(len(takes)), lengths)
+    owner = np.repeat(np.arange(len(takes), dtype=np.int32), lengths)
     passages = np.concatenate([take.passages for take in takes])
-    _, passage, owners = np.unique(passages, return_inverse=True, return_counts=True)
+    _, passages, owners = np.unique(passages, return_inverse=True, return_counts=True)
     tells = (owners > 1) & (owners <= COMMON)
-    column, keep = np.cumsum(tells) - 1, tells[passage]
-    owner, passage = owner[keep], column[passage[keep]]
-    shape = len(takes), 1 + passage.max(initial=0)
-    has = csr_matrix((np.ones(len(owner), np.int32), (owner, passage)), shape)
+    keep = tells[passages]
+    owner, passages = owner[keep], (np.cumsum(tells) - 1)[passages[keep]]
+    shape = len(takes), 1 + passages.max(initial=0)
+    has = csr_matrix((np.ones(len(owner), np.int32), (owner, passages)), shape)
     had_by, links = has.T.tocsr(), []
     for first in range(0, len(takes), 1000):  # in blocks, to bound the memory
         shared = (has[first : first + 1000] @ had_by).tocoo()
@@ -868,15 +873,15 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
     counts.update(notes=sum(take.notes for take in takes))
     counts.update(seconds=round(sum(take.seconds for take in takes)))
+    files = tqdm(takes, f"writing {path.name}", unit=" files")
+    transposed = (table[base[take.span]] for take in files for table in tables)
+    fitting = (ids for ids in transposed if ids.min() >= 0)
     with open(path, "wb") as file:
-        for take in tqdm(takes, f"writing {path.name}", unit=" files"):
-            for table in tables:
-                shifted = table[base[take.span]]
-                if shifted.min() >= 0:
-                    ids = add_bpe(shifted, tokenizer)
-                    ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
-                    np.array(ids, dtype).tofile(file)
-                    counts.update(sequences=1, tokens=len(ids))
+        while block := list(islice(fitting, 100)):
+            for ids in add_bpe(block, tokenizer):
+                ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
+                np.array(ids, dtype).tofile(file)
+                counts.update(sequences=1, tokens=len(ids))
     print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return counts
 
