@@ -51,7 +51,7 @@ else:
     import zlib
     from collections import Counter, defaultdict, deque
     from concurrent.futures import TimeoutError  # not the built-in one before Python 3.11
-    from contextlib import suppress
+    from contextlib import closing, suppress
     from functools import partial
     from itertools import islice
     from operator import itemgetter
@@ -107,18 +107,19 @@ def parse_flags():
     flag, cores = parser.add_argument, os.cpu_count() or 1
     flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, address")
     flag("--out", type=Path, default=Path("data"), help="folder to write")
-    flag("--transpose", type=between(0, 24), default=0, help="training copies, to so many semitones")
+    flag("--transpose", type=between(0, 24), default=0, help="copies in other keys, in semitones")
     flag("--val_fraction", type=between(0, 0.99), default=0.1, help="share of pieces to hold out")
-    flag("--etudes", type=between(2, 10**6), default=2000, help="to compose where no SOURCE is named")
+    flag("--etudes", type=between(2, 10**6), default=2000, help="to compose if no SOURCE is named")
     flag("--workers", type=between(1, 1000), default=cores, help="processes that read files")
     flag("--seed", type=int, default=0, help="draws the études and the held-out pieces")
     flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, in place of all that follow")
     flag = parser.add_argument_group("what a token is").add_argument
-    flag("--vocab_size", type=between(0, 10**6), help="tokens after BPE; 0: no BPE; None: by corpus")
-    flag("--beat_res", type=int, choices=range(4, 97, 4), metavar="N", default=24, help="grid of a beat")
+    flag("--vocab_size", type=between(0, 10**6), help="after BPE; 0: none; None: by corpus")
+    steps = range(4, 97, 4)
+    flag("--beat_res", type=int, choices=steps, metavar="N", default=24, help="positions a beat")
     flag("--num_velocities", type=between(1, 127), default=16, help="levels of loudness")
     flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens")
-    flag("--time_signatures", action="store_true", help="keep their beats and bars, with TimeSig tokens")
+    flag("--time_signatures", action="store_true", help="keep their bars, with TimeSig tokens")
     flag("--chords", action="store_true", help="Chord tokens: maj, min, dim, aug, dominant 7th")
     flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: in the notes' lengths)")
     args, unknown = parser.parse_known_args()
@@ -135,15 +136,13 @@ def parse_flags():
 
 # ------------------------------------------------------------------- the tokenizer: all that is REMI
 
-MUSICAL = (  # flags: the arguments of build_tokenizer, and how far BPE goes
-    "vocab_size", "beat_res", "num_velocities", "tempos", "time_signatures", "chords", "sustain_pedals",
-)  # fmt: skip
+# Flags: the arguments of build_tokenizer, and how far BPE goes.
+MUSICAL = "beat_res num_velocities tempos chords sustain_pedals time_signatures vocab_size".split()
 WORD_BEGINS = "Bar"  # BPE joins no tokens across one of this kind; TSD would have TimeShift
 
 
-def build_tokenizer(
-    beat_res=24, num_velocities=16, tempos=False, chords=False, sustain_pedals=False, time_signatures=False
-):
+def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
+                    sustain_pedals=False, time_signatures=False):  # fmt: skip
     """Every musical choice. A note is Pitch Velocity Duration, after Bar and Position if time moves."""
     config = TokenizerConfig(
         pitch_range=(21, 108),  # the 88 keys
@@ -175,8 +174,11 @@ def load_tokenizer(path):
         tokenizer = Tokenization(params=path)
         same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
-        raise Refused(f"{path}: not a usable tokenizer ({error or type(error).__name__})") from error
-    if tokenizer.special_tokens != ["PAD_None", "BOS_None", "EOS_None"] or not same_vocabulary:
+        reason = error or type(error).__name__
+        raise Refused(f"{path}: not a usable tokenizer ({reason})") from error
+    special = tokenizer.special_tokens  # miditok's default, which an empty file gives, has MASK
+    ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
+    if not ours or not same_vocabulary:
         raise Refused(f"{path}: not a usable tokenizer (written by another program)")
     return tokenizer
 
@@ -192,8 +194,8 @@ def base_ids(score, tokenizer):
     For notes of REMI alone they are made in numpy, 100 times faster than an object for each token.
     """
     config = tokenizer.config
-    own_beats = config.use_tempos or config.use_time_signatures
-    if own_beats or config.use_chords or config.use_sustain_pedals or Tokenization.__name__ != "REMI":
+    more = config.use_tempos, config.use_chords, config.use_sustain_pedals, config.use_time_signatures
+    if any(more) or Tokenization.__name__ != "REMI":
         return np.array(tokenizer.encode(score, encode_ids=False)[0].ids, np.uint16)
     notes, grid = score.tracks[0].notes.numpy(), score.ticks_per_quarter
     time, bar = notes["time"], 4 * grid
@@ -228,9 +230,10 @@ def add_bpe(pieces, tokenizer):
 
 def bpe_words(ids, tokenizer):
     """Base ids -> strings with one character an id, one string a bar: music as BPE reads it."""
+    first = tokenizer.token_ids_of_type(WORD_BEGINS)
+    assert first, f"WORD_BEGINS: the tokenizer has no {WORD_BEGINS} tokens"
     text = (ids.astype("<u4") + CHR_ID_START).tobytes().decode("utf-32-le")
-    begins = np.flatnonzero(np.isin(ids, tokenizer.token_ids_of_type(WORD_BEGINS))).tolist()
-    begins = sorted({0, *begins})
+    begins = sorted({0, *np.flatnonzero(np.isin(ids, first)).tolist()})
     return [text[begin:end] for begin, end in zip(begins, [*begins[1:], len(text)])]
 
 
@@ -386,7 +389,7 @@ def play(events, ends, ticks_per_beat):
     def move_pedal(channel, tick, down):
         """Add to the ticks at which a pedal goes down, up, down, up ... if it moves.
 
-        A key released at the tick at which it goes down, but before, is not held: it comes a tick later.
+        A key released at that tick, but before it goes down, is not held: so it does a tick later.
         """
         moves = pedals[channel]
         if down != len(moves) % 2:
@@ -437,7 +440,7 @@ def play(events, ends, ticks_per_beat):
 
 
 def prepare(score, tokenizer):
-    """Score -> one piano track on the tokenizer's grid, at 120 bpm unless tokens keep its own beats."""
+    """Score -> one piano track on the tokenizer's grid, at 120 bpm or, with such tokens, its own beats."""
     config, grid = tokenizer.config, tokenizer.config.max_num_pos_per_beat
     own_beats = config.use_tempos or config.use_time_signatures
     notes, pedal = piano(score, apply_pedal=not config.use_sustain_pedals)
@@ -479,11 +482,10 @@ def prepare(score, tokenizer):
 
 
 def piano(score, apply_pedal):
-    """All tracks but drums as one piano: notes [4, N] (start, end, pitch, velocity), pedal [2, M] (down,
-    up), in ticks.
+    """All tracks but drums as one piano, in ticks: notes [4, N] (start, end, pitch, velocity), sorted by
+    pitch and start, and pedal [2, M] (down, up), down where that of any track is.
 
-    A track's pedal, if applied, holds that track's notes; a key that is struck again ends its last note.
-    The pedal that is returned is down where that of any track is. Notes are sorted by pitch and start.
+    A track's pedal, if applied, holds its own notes. A key that is struck again ends its last note.
     """
     notes, pedals = [np.zeros((4, 0))], [np.zeros((2, 0))]
     for track in score.tracks:
@@ -527,7 +529,7 @@ def to_seconds(ticks, score):
 
 MIDI_NAMES = ".mid", ".midi", ".kar", ".rmi", ".smf"
 ARCHIVE_NAMES = ".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lzh", ".sit"
-ARCHIVE_BYTES = b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"
+ARCHIVE_BYTES = b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd"
 
 
 class Take:
@@ -688,17 +690,18 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
     """Read every file once, its ids going to base_path; return the takes that could be read."""
     names, follows = sorted(tokenizer.vocab, key=tokenizer.vocab.get), grammar(tokenizer)
     read, passages, every = {}, 0, 1  # read: what a take's ids hash to -> the first that has them
-    with open(base_path, "wb") as base:
-        answers = in_workers(partial(read_one, tokenizer), [take.path for take in takes], workers)
-        for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
+    paths = [take.path for take in takes]
+    answers = in_workers(partial(read_one, tokenizer), paths, workers)
+    with open(base_path, "wb") as base, closing(answers):  # which stops the workers
+        for take, (answer, reason) in zip(tqdm(takes, "reading", unit=" files"), answers):
             if answer is None:
                 skipped.append((take.name, reason))
                 continue
             ids, take.notes, take.seconds, take.passages = answer
             for place in np.flatnonzero(~follows[ids[:-1], ids[1:]]):
                 before, after = (names[token] for token in ids[place : place + 2])
-                raise Refused(f"{take.name}: its ids have {after} after {before}, which the tokenizer's "
-                              "grammar forbids: there is a mistake in base_ids")  # fmt: skip
+                reason = f"{after} after {before}, which the tokenizer's grammar forbids"
+                raise Refused(f"{take.name}: its ids have {reason}: a mistake in base_ids")
             first = read.setdefault(hashlib.sha256(ids).digest(), take)
             if first is not take:
                 skipped.append((take.name, f"duplicate: the same notes as {first.name}"))
@@ -726,11 +729,12 @@ def read_one(tokenizer, path):
 
 
 def in_workers(function, items, workers):
-    """Yield (result, None) or (None, reason) for each item, in order; a crash or a hang costs one item.
+    """Yield (result, None) or (None, reason) for each item, in order.
 
-    So does what a file is refused for. Any other exception is a mistake in this program, and ends it.
+    A refusal, a crash or a hang costs one item. Any other exception is a mistake here, and ends all.
     """
-    pool = ProcessPool(workers, initializer=limit_memory, context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPool(workers, initializer=limit_memory, context=spawn)
     todo, asked = iter(items), deque()
     try:
         while True:
@@ -764,7 +768,7 @@ def limit_memory():
 # ----------------------------------------------------------------------------------- pieces and sides
 
 STEPS, TOGETHER = 6, 0.05  # steps of a passage; seconds in which notes count as one attack
-SHARE, ENOUGH = 0.05, 4  # of the shorter file's passages, and how many, that two takes share
+SHARE, ENOUGH = 0.05, 3  # of the shorter file's passages, and how many, that two takes share
 COMMON = 60  # a passage that more files have tells nothing
 FACTOR = 0x9E3779B97F4A7C15  # odd, with mixed bits
 
@@ -813,13 +817,14 @@ def find_pieces(takes):
     count, piece = connected_components(linked, directed=False)
     for take, number in zip(takes, piece.tolist()):
         take.piece = number
-    # Takes of one piece share passages pair by pair. If most files hang together in a loose chain, they
-    # have figures in common, as études of one composer do.
+    # Takes of one piece share passages pair by pair. Most files in one loose chain only have figures in
+    # common, as études of one composer do.
     files, pairs = np.bincount(piece), np.bincount(piece[one], minlength=count)
     largest = files.argmax()
     loose = pairs[largest] < files[largest] * (files[largest] - 1) / 4
     if count == 1 or (loose and files[largest] > len(takes) / 2):
-        print(f"{files[largest]} of {len(takes)} files hang together: each of them counts as a piece")
+        hang = f"{files[largest]} of {len(takes)} files hang together"
+        print(f"{hang}, by what they share: each of them counts as a piece")
         set_apart([take for take in takes if take.piece == largest], count)
 
 
@@ -857,11 +862,12 @@ def choose_sides(takes, val_fraction, seed):
 
 
 def train_bpe(tokenizer, takes, base, vocab_size):
-    """Teach the tokenizer to join what often stands together; of a large corpus, in evenly spaced files."""
+    """Teach the tokenizer to join what often stands together, in evenly spaced files."""
     notes = sum(take.notes for take in takes)
     if vocab_size is None:
-        vocab_size = min(10_000, len(tokenizer) + 100 + notes // 8000)  # few enough to learn each well
-        print(f"vocabulary of {vocab_size} tokens, chosen for this corpus (--vocab_size sets another)")
+        vocab_size = len(tokenizer) + 100 + notes // 8000  # few enough to learn each well
+        vocab_size = min(10_000, vocab_size)
+        print(f"a vocabulary of {vocab_size} tokens fits this corpus (--vocab_size sets another)")
     some = takes[:: math.ceil(notes / BPE_NOTES)]
     texts = [bpe_words(base[take.span], tokenizer) for take in some]
     tokenizer.train(vocab_size=vocab_size, iterator=texts)
@@ -873,15 +879,19 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
     counts.update(notes=sum(take.notes for take in takes))
     counts.update(seconds=round(sum(take.seconds for take in takes)))
-    files = tqdm(takes, f"writing {path.name}", unit=" files")
-    transposed = (table[base[take.span]] for take in files for table in tables)
-    fitting = (ids for ids in transposed if ids.min() >= 0)
-    with open(path, "wb") as file:
-        while block := list(islice(fitting, 100)):
-            for ids in add_bpe(block, tokenizer):
-                ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
-                np.array(ids, dtype).tofile(file)
-                counts.update(sequences=1, tokens=len(ids))
+    bar = tqdm(total=len(takes), desc=f"writing {path.name}", unit=" files")
+    with open(path, "wb") as file, bar:
+        for first in range(0, len(takes), 100):
+            block = takes[first : first + 100]
+            for table in tables:
+                shifted = [(take, table[base[take.span]]) for take in block]
+                shifted = [(take, ids) for take, ids in shifted if ids.min() >= 0]
+                all_ids = add_bpe([ids for _, ids in shifted], tokenizer)
+                for (take, _), ids in zip(shifted, all_ids):
+                    ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
+                    np.array(ids, dtype).tofile(file)
+                    counts.update(sequences=1, tokens=len(ids))
+            bar.update(len(block))
     print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return counts
 
@@ -909,8 +919,7 @@ def put_in_place(work, out):
 
 
 def settle(work, out):
-    """End an exchange that was cut off, now or in a run that was killed: with meta.json in place it is
-    done, else it is undone."""
+    """End an exchange, of this run or one that was killed: done if meta.json is there, else undone."""
     old = out / ".old"
     if old.exists() and not (out / "meta.json").exists():
         for name in reversed(FILES):
@@ -930,7 +939,7 @@ def write_skipped(path, skipped):
 def make_data(args, work):
     """All steps in their order, from the sources to the files of a data folder."""
     began, skipped = time.monotonic(), []
-    settings = {name: getattr(args, name) for name in MUSICAL if name != "vocab_size"}
+    settings = {name: getattr(args, name) for name in MUSICAL[:-1]}
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else build_tokenizer(**settings)
     if not args.tokenizer and args.vocab_size and args.vocab_size <= len(tokenizer):
         raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}")
@@ -940,11 +949,14 @@ def make_data(args, work):
     reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
     print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
     if len(takes) < 2:
-        listed = args.out / ("not used.csv" if (args.out / "meta.json").exists() else "skipped.csv")
-        write_skipped(listed, skipped)
-        first = ": ".join(skipped[0]) if skipped else "none was skipped"
-        raise Refused(f"two pieces are needed, one to train on, one to hold out; readable files: "
-                      f"{len(takes)} ({first}; all reasons are in {listed})")  # fmt: skip
+        reasons = "none was skipped"
+        if skipped:
+            used = (args.out / "meta.json").exists()  # its own skipped.csv stays
+            listed = args.out / ("not used.csv" if used else "skipped.csv")
+            write_skipped(listed, skipped)
+            reasons = f"{': '.join(skipped[0])}; all reasons are in {listed}"
+        need = "two pieces are needed, one to train on, one to hold out"
+        raise Refused(f"{need}; readable files: {len(takes)} ({reasons})")
 
     find_pieces(takes) if args.sources else set_apart(takes)
     choose_sides(takes, args.val_fraction, args.seed)
@@ -968,7 +980,7 @@ def make_data(args, work):
     write_skipped(work / "skipped.csv", skipped)
     put_in_place(work, args.out)
     pieces = len({take.piece for take in takes})
-    print(f"{pieces:,} pieces in {len(takes):,} files; a piece is told by its notes, whatever its name")
+    print(f"{pieces:,} pieces in {len(takes):,} files: those that share notes are one, in any folder")
     tuned = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
     seconds = time.monotonic() - began
     print(f"{args.out}: ready after {seconds:.0f} s; next: python train.py --data {args.out}{tuned}")
@@ -1001,7 +1013,7 @@ def main(args):
             raise
         raise Refused(f"--out {out}: {error.strerror}") from error
     finally:
-        if not (out / ".old").exists():  # else an exchange could not be undone: the next run does it
+        if not (out / ".old").exists():  # else the next run undoes an exchange
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
         with suppress(OSError):  # only goes if it is empty
