@@ -387,13 +387,6 @@ def test_another_reader_hears_the_same(tmp_path):
 DEFAULTS = dict(beat_res=24, num_velocities=16, tempos=False, chords=False, sustain_pedals=False, time_signatures=False)
 
 
-def test_file_and_memory_give_the_same_ids(etude_folder):
-    T, tokenizer = midi_tokenize, midi_tokenize.build_tokenizer()
-    for number, path in enumerate(sorted(etude_folder.rglob("*.mid"), key=lambda p: int(p.stem[4:]))):
-        from_file = T.encode(T.prepare(T.read_midi(path), tokenizer), tokenizer)
-        assert from_file == T.encode(T.prepare(T.compose(number), tokenizer), tokenizer) and len(from_file) > 300
-
-
 @pytest.mark.parametrize("settings", [{}, {"beat_res": 8}, {"num_velocities": 40}], ids=str)
 def test_fast_ids_are_miditoks(settings, etude_data, tmp_path):
     """The numpy path gives what miditok gives, before and after BPE, on études, random notes and real music."""
@@ -694,7 +687,6 @@ JOBS = {  # what a worker is asked to run, and what is said of it
     "x = bytearray(40 << 30)": "too large",
     "import os; os.kill(os.getpid(), 9)": "crashed",
     "import os; os._exit(3)": "crashed",
-    "import os; os._exit(0)": "crashed",
 } | {str(number): "None" for number in range(2, 20)}
 SCRIPT = """
 import sys
@@ -1125,8 +1117,11 @@ def test_any_console_bears_the_output(encoding, tmp_path):
     for number in range(3):
         midi_tokenize.compose(number).dump_midi(folder / f"{number}.mid")
         (folder / f"{number}.mid").rename(folder / f"é音{number}.mid")
-    for arguments in (["--help"], [folder, "--out", folder / "data"], ["--etudes", 2, "--out", folder / "data"]):
+    for arguments in (["--help"], [folder, "--out", folder / "data"]):
         run_tokenize(*arguments, env=os.environ | {"PYTHONIOENCODING": encoding})
+
+
+def test_nobody_needs_to_read_the_output(tmp_path):
     for redirected in (">&-", "2>&-", ">&- 2>&-", "2>&1 | head -1", "| head -0"):
         command = f"'{sys.executable}' -u '{ROOT / 'tokenize.py'}' --etudes 2 --out '{tmp_path / 'data'}' {redirected}"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
@@ -1256,10 +1251,9 @@ def bench_tokenize(count=60):
     T, scores, clock = midi_tokenize, [], time.process_time
     tokenizer, trained = T.build_tokenizer(), T.build_tokenizer()
     if ASAP.exists():
-        with zipfile.ZipFile(ASAP) as archive:
-            names = archive.namelist()
-            names = names[:: max(1, len(names) // count)]
-            files = [T.Score.from_midi(archive.read(name)) for name in names]
+        with tempfile.TemporaryDirectory() as work:
+            takes = T.find_files([str(ASAP)], Path(work), [])
+            files = [T.read_midi(take.path) for take in takes[:: max(1, len(takes) // count)]]
     else:
         files = [T.compose(seed) for seed in range(count)]
     scores = [T.prepare(score, tokenizer) for score in files]

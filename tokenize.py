@@ -27,6 +27,12 @@ else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
     if __name__ == "__mp_main__":  # one of our workers, which leaves Ctrl-C to its parent
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        def excepthook(kind, *rest):  # if the work is over before it has started, it finds no locks
+            if not issubclass(kind, (OSError, EOFError)):
+                sys.__excepthook__(kind, *rest)
+
+        sys.excepthook = excepthook
     import argparse
     import bz2
     import csv
