@@ -499,7 +499,8 @@ def piano(score, apply_pedal):
             note, control = track.notes.numpy(), track.controls.numpy()
             end = note["time"] + note["duration"]
             time, value = (control[name][control["number"] == 64] for name in ("time", "value"))
-            moves = time[np.diff(value >= 64, prepend=False)]  # down, up, down, up ...
+            order = np.argsort(time, kind="stable")
+            moves = time[order][np.diff(value[order] >= 64, prepend=False)]  # down, up, down, up ...
             if len(moves) % 2:  # never lifted, so up at the end
                 moves = np.append(moves, max(moves[-1], end.max()))
             down, up = pedal = moves.reshape(-1, 2).T
@@ -740,7 +741,7 @@ def in_workers(function, items, workers):
     A refusal, a crash or a hang costs one item. Any other exception is a mistake here, and ends all.
     """
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPool(workers, initializer=limit_memory, context=spawn)
+    pool = ProcessPool(min(workers, len(items)), initializer=limit_memory, context=spawn)
     todo, asked = iter(items), deque()
     try:
         while True:
