@@ -955,19 +955,22 @@ def make_data(args, work):
     takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
     reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
     print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
-    if len(takes) < 2:
-        reasons = "none was skipped"
+    if args.sources and len(takes) > 1:
+        find_pieces(takes)
+    else:  # études have figures in common
+        set_apart(takes)
+    choose_sides(takes, args.val_fraction, args.seed)
+    train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
+    if not train or not val:
+        why = "none was skipped"
         if skipped:
             used = (args.out / "meta.json").exists()  # its own skipped.csv stays
             listed = args.out / ("not used.csv" if used else "skipped.csv")
             write_skipped(listed, skipped)
-            reasons = f"{': '.join(skipped[0])}; all reasons are in {listed}"
+            why = f"{': '.join(skipped[0])}; all reasons are in {listed}"
         need = "two pieces are needed, one to train on, one to hold out"
-        raise Refused(f"{need}; readable files: {len(takes)} ({reasons})")
+        raise Refused(f"{need}; readable files: {len(takes)} ({why})")
 
-    find_pieces(takes) if args.sources else set_apart(takes)
-    choose_sides(takes, args.val_fraction, args.seed)
-    train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
     base = np.memmap(work / "base.bin", np.uint16, "r")
     if args.tokenizer:
         shutil.copyfile(args.tokenizer, work / "tokenizer.json")
