@@ -340,7 +340,7 @@ def read_chunk(data, at, size, events, ends):
         if 0x80 <= status < 0xF0:
             running, first, second = status, data[at], 0
             at += 1
-            if not 0xC0 <= status < 0xE0:  # these have one byte
+            if status < 0xC0 or status >= 0xE0:  # the others have one byte
                 second = data[at]
                 at += 1
             if first > 127 or second > 127:
@@ -392,15 +392,9 @@ def play(events, ends, ticks_per_beat):
         notes[key[0]].append((start, tick - start, key[2], velocity))
         last_release[key] = released[key[0]] = tick
 
-    def move_pedal(channel, tick, down):
-        """Add to the ticks at which a pedal goes down, up, down, up ... if it moves.
-
-        A key released at that tick, but before it goes down, is not held: so it does a tick later.
-        """
-        moves = pedals[channel]
-        if down != len(moves) % 2:
-            late = down and released.get(channel) == tick
-            moves.append(max([tick + late, *moves[-1:]]))
+    def move_pedal(moves, tick):
+        """Add to the ticks at which a channel's pedal goes down, up, down, up ..."""
+        moves.append(max([tick, *moves[-1:]]))
 
     for tick, chunk, status, port, first, second in events:
         channel = port + status % 16
@@ -416,7 +410,10 @@ def play(events, ends, ticks_per_beat):
             elif first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
                 metres[tick] = TimeSignature(tick, second[0], 1 << second[1])
         elif first in (64, 120, 121):  # the pedal; all sound off and reset all controllers lift it
-            move_pedal(channel, tick, first == 64 and second >= 64)
+            down, moves = first == 64 and second >= 64, pedals[channel]
+            if down != len(moves) % 2:
+                # A key released at this tick, but before, is not held: so the pedal is a tick late.
+                move_pedal(moves, tick + (down and released.get(channel) == tick))
         if 0xB0 <= status < 0xC0 and (first == 120 or first >= 123):  # all notes off
             for key in struck:
                 while key[0] == channel and struck[key]:
@@ -432,7 +429,8 @@ def play(events, ends, ticks_per_beat):
     score.tempos.extend(tempos.values())
     score.time_signatures.extend(metres.values())
     for channel in sorted(notes):
-        move_pedal(channel, max(ends), False)
+        if len(pedals[channel]) % 2:  # the end of the file lifts it
+            move_pedal(pedals[channel], max(ends))
         track = Track(is_drum=channel % 16 == 9)
         track.notes = Note.from_numpy(*np.array(sorted(notes[channel]), np.int32).T, "tick")
         moves = np.array(pedals[channel], np.int32)
