@@ -1,15 +1,15 @@
 """MIDI in, memmaps out: piano music becomes two flat files of token ids, ready for train.py.
 
-    python tokenize.py                                compose études to learn from: needs no data, no network
-    python tokenize.py ~/midi more.zip take.mid       any mix of folders, archives (.zip, .tar.gz) and files
-    python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an archive's URL
-    python tokenize.py asap.zip --out data/asap --report      and show what the tokens lose
-    python tokenize.py ~/mine --tokenizer run/tokenizer.json  with the tokens of a run, to fine-tune it
+    python tokenize.py                                compose études to learn from: no data, no network
+    python tokenize.py ~/midi more.zip take.mid       any mix of folders, archives and files
+    python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an address
+    python tokenize.py ~/mine --tokenizer run/tokenizer.json  with a run's tokens, to fine-tune it
 """
 
-# A file becomes tokens in three steps, read_midi -> prepare -> encode. sample.py reads its prompts with them.
+# A file becomes tokens in three steps, read_midi -> prepare -> encode. sample.py reads its prompts
+# with them.
 
-if __name__ == "tokenize":  # somebody's `import tokenize` found this file: be the standard library's module
+if __name__ == "tokenize":  # `import tokenize` found this file: be the standard library's module
     import os
     import sys
     from importlib import machinery, util
@@ -21,73 +21,142 @@ if __name__ == "tokenize":  # somebody's `import tokenize` found this file: be t
     globals().update(vars(module))  # for a thread that was waiting for this import
 else:
     import signal
+    import sys
 
-    if __name__ == "__main__":
+    if __name__ == "__main__" and not hasattr(sys, "ps1"):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
     if __name__ == "__mp_main__":  # one of our workers, which leaves Ctrl-C to its parent
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        def excepthook(kind, *rest):  # if the work is over before it has started, it finds no locks
+            if not issubclass(kind, (OSError, EOFError)):
+                sys.__excepthook__(kind, *rest)
+
+        sys.excepthook = excepthook
     import argparse
+    import bz2
     import csv
+    import difflib
+    import errno
     import gzip
     import hashlib
+    import io
     import json
+    import lzma
     import math
     import multiprocessing
     import os
     import random
     import re
     import shutil
-    import sys
+    import struct
     import tarfile
     import time
     import urllib.request
     import zipfile
-    from collections import Counter, namedtuple
-    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+    import zlib
+    from collections import Counter, defaultdict, deque
     from concurrent.futures import TimeoutError  # not the built-in one before Python 3.11
-    from contextlib import suppress
+    from contextlib import closing, suppress
     from functools import partial
+    from itertools import islice
+    from operator import itemgetter
     from pathlib import Path
 
+    import filelock
     import numpy as np
     from huggingface_hub import hf_hub_download
-    from miditok import REMI, TokenizerConfig
+    from miditok import REMI as Tokenization  # here a fork to another one, such as TSD, begins
+    from miditok import TokenizerConfig
     from miditok.constants import CHORD_MAPS, CHR_ID_START, PITCH_CLASSES
-    from symusic import ControlChange, Note, Pedal, Score, Tempo, Track
+    from pebble import ProcessExpired, ProcessPool
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+    from symusic import ControlChange, Note, Pedal, Score, Tempo, TimeSignature, Track
     from tqdm import tqdm
 
-    # One file. side: "train" or "val" if published, else "". Once read, its ids are base[span].
-    Take = namedtuple("Take", "name path piece side span notes seconds", defaults=[None, 0, 0])
+# -------------------------------------------------------------------------------------------- knobs
 
-MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
-MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
-MIDI = ".mid", ".midi"
-MUSICAL = "beat_res", "num_velocities", "tempos", "chords", "sustain_pedals", "time_signatures"  # flags
-BPE_NOTES = 2_500_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
 DATASETS = {
-    "maestro": "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/maestro-v3.0.0-midi.zip"
+    "maestro": "https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/"
+    "maestro-v3.0.0-midi.zip"
     "#sha256=70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c",
     "aria-midi": "hf://loubb/aria-midi/aria-midi-v1-unique-ext.tar.gz",
 }
+MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
+MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
+BPE_NOTES = 2_500_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
+MAX_PASSAGES = 15_000_000  # kept in memory, of all files together
 
 
 class Refused(ValueError):
     """A file, an archive or a setting that cannot be used; the message says why, in one line."""
 
 
-# -------------------------------------------------------------------------------- the tokenizer
+def parse_flags():
+    """The knobs, one a line: name, limits, default, meaning."""
+
+    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        """Shows the description as it is written, and every default."""
+
+    def between(low, high):
+        def number(text):
+            if not low <= type(high)(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+            return type(high)(text)
+
+        return number
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
+    )
+    flag, cores = parser.add_argument, os.cpu_count() or 1
+    flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, address")
+    flag("--out", type=Path, default=Path("data"), help="folder to write")
+    flag("--transpose", type=between(0, 24), default=0, help="copies in other keys, in semitones")
+    flag("--val_fraction", type=between(0, 0.99), default=0.1, help="share of pieces to hold out")
+    flag("--etudes", type=between(2, 10**6), default=2000, help="to compose if no SOURCE is named")
+    flag("--workers", type=between(1, 1000), default=cores, help="processes that read files")
+    flag("--seed", type=int, default=0, help="draws the études and the held-out pieces")
+    flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, in place of all that follow")
+    flag = parser.add_argument_group("what a token is").add_argument
+    flag("--vocab_size", type=between(0, 10**6), help="after BPE; 0: none; None: by corpus")
+    steps = range(4, 97, 4)
+    flag("--beat_res", type=int, choices=steps, metavar="N", default=24, help="positions a beat")
+    flag("--num_velocities", type=between(1, 127), default=16, help="levels of loudness")
+    flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens")
+    flag("--time_signatures", action="store_true", help="keep their bars, with TimeSig tokens")
+    flag("--chords", action="store_true", help="Chord tokens: maj, min, dim, aug, dominant 7th")
+    flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: in the notes' lengths)")
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        known = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1, 0)
+        parser.error(f"unknown flag {unknown[0]}; did you mean {known[0]}?")
+    if args.sources and args.etudes != parser.get_default("etudes"):
+        parser.error("--etudes are composed where no SOURCE is named: leave out one of them")
+    changed = [name for name in MUSICAL if getattr(args, name) != parser.get_default(name)]
+    if args.tokenizer and changed:
+        parser.error(f"--tokenizer has its own --{changed[0]}: leave out one of them")
+    return parser, args
 
 
-def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, sustain_pedals=False,
-                    time_signatures=False):  # fmt: skip
-    """Every musical choice. A note is Pitch Velocity Duration, after Bar and Position where time moves on."""
+# ------------------------------------------------------------------- the tokenizer: all that is REMI
+
+# Flags: the arguments of build_tokenizer, and how far BPE goes.
+MUSICAL = "beat_res num_velocities tempos chords sustain_pedals time_signatures vocab_size".split()
+WORD_BEGINS = "Bar"  # BPE joins no tokens across one of this kind; TSD would have TimeShift
+
+
+def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
+                    sustain_pedals=False, time_signatures=False):  # fmt: skip
+    """Every musical choice. A note is Pitch Velocity Duration, after Bar and Position if time moves."""
     config = TokenizerConfig(
         pitch_range=(21, 108),  # the 88 keys
         # positions a beat, for notes of 0-1, 1-2, 2-4 and 4-16 beats; attacks have the finest
         beat_res={(0, 1): beat_res, (1, 2): beat_res // 2, (2, 4): beat_res // 4, (4, 16): 2},
         num_velocities=num_velocities,
         special_tokens=["PAD", "BOS", "EOS"],
-        encode_ids_split="bar",  # BPE joins no tokens across a bar line
+        encode_ids_split="bar",
         use_tempos=tempos,
         tempo_range=(15, 480),
         num_tempos=128,
@@ -102,116 +171,52 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False, 
         delete_equal_successive_time_sig_changes=True,
         remove_duplicated_notes=time_signatures,  # else `prepare` leaves none
     )
-    return REMI(config)
+    return Tokenization(config)
 
 
 def load_tokenizer(path):
     """Read a tokenizer.json that this file wrote."""
     try:
-        tokenizer = REMI(params=path)
-        wanted = ["PAD_None", "BOS_None", "EOS_None"]
-        if tokenizer.special_tokens != wanted or tokenizer.vocab != REMI(tokenizer.config).vocab:
-            raise ValueError("written by another program")
-        return tokenizer
+        tokenizer = Tokenization(params=path)
+        same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
-        raise Refused(f"{path}: not a usable tokenizer ({error or type(error).__name__})") from error
+        reason = error or type(error).__name__
+        raise Refused(f"{path}: not a usable tokenizer ({reason})") from error
+    special = tokenizer.special_tokens  # miditok's default, which an empty file gives, has MASK
+    ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
+    if not ours or not same_vocabulary:
+        raise Refused(f"{path}: not a usable tokenizer (written by another program)")
+    return tokenizer
 
 
-# -------------------------------------------------------------------------------- one file, from MIDI to ids
-
-
-def read_midi(path):
-    """MIDI file -> Score as it stands."""
-    if not os.path.isfile(path):
-        raise Refused("no such file")
-    if os.path.getsize(path) > MAX_BYTES:
-        raise Refused(f"too large: over {MAX_BYTES:,} bytes")
-    data = Path(path).read_bytes()
-    if data.startswith(b"RIFF"):  # RMID: a MIDI file behind 20 bytes
-        data = data[20:]
-    if data[8:10] == b"\0\2":
-        raise Refused("format 2: its tracks are separate pieces")
-    try:
-        return Score.from_midi(data)
-    except Exception as error:
-        raise Refused(f"not a whole MIDI file: {error}") from error
-
-
-def prepare(score, tokenizer):
-    """Score -> one piano track on the tokenizer's grid, at 120 bpm unless tokens keep its own beats."""
-    config, grid = tokenizer.config, tokenizer.config.max_num_pos_per_beat
-    own_beats = config.use_tempos or config.use_time_signatures
-    if score.ticks_per_quarter <= 0 or any(tempo.mspq < 10_000 for tempo in score.tempos):
-        raise Refused("no usable clock: a beat of 0 ticks, or under 10 ms")
-    notes, pedal = piano(score.to("quarter" if own_beats else "second"), not config.use_sustain_pedals)
-    lowest, highest = config.pitch_range
-    notes = notes[:, (lowest <= notes[2]) & (notes[2] <= highest)]
-    notes = notes[:, ::-1]  # what was played last comes first, and stays where notes fall on one key and position
-    if not notes.size:
-        raise Refused("no piano notes")
-    origin, positions_per_unit = (0, grid) if own_beats else (notes[0].min(), 2 * grid)  # a performance begins at once
-    notes[:2] = np.round((notes[:2] - origin) * positions_per_unit)
-    _, order = np.unique(128 * notes[0] + notes[2], return_index=True)  # one a key and position
-    start, end, pitch, velocity = notes[:, order]
-    if not end.max() <= MAX_BEATS * grid:  # or is no number
-        raise Refused(f"too long: over {MAX_BEATS} beats")
-    if np.diff(start, prepend=0).max() > MAX_SILENCE * grid:
-        raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
-    track = Track()
-    track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
-    if config.use_sustain_pedals:
-        down, up = np.round((pedal - origin) * positions_per_unit).clip(0, end.max() + MAX_SILENCE * grid)
-        track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
-    prepared = score.resample(grid).clip(0, int(end.max())) if own_beats else Score(grid)
-    prepared.tempos.insert(0, Tempo(0, 120))
-    prepared.tracks = [track]
-    return prepared
-
-
-def piano(score, apply_pedal):
-    """All tracks but drums as one piano: notes [4, N] (start, end, pitch, velocity), pedal [2, M] (down, up).
-
-    Notes are sorted by pitch and start. The pedal, if applied, holds them; their key struck again ends them.
-    """
-    notes, controls = [np.zeros((4, 0))], [np.zeros((2, 0))]
-    for track in score.tracks:
-        if not track.is_drum:
-            note, control = track.notes.numpy(), track.controls.numpy()
-            notes.append([note["time"], note["time"] + note["duration"], note["pitch"], note["velocity"]])
-            controls.append(np.array([control["time"], control["value"] >= 64])[:, control["number"] == 64])
-    start, end, pitch, velocity = np.concatenate(notes, axis=1)
-    time, is_down = np.concatenate(controls, axis=1)
-    order = np.argsort(time, kind="stable")
-    pedal = time[order][np.diff(is_down[order], prepend=0) != 0]  # down, up, down, up ...
-    if len(pedal) % 2:
-        pedal = np.append(pedal, max(pedal[-1], end.max(initial=0)))  # never lifted, so up at the end
-    pedal = pedal.reshape(-1, 2).T
-    if pedal.size and apply_pedal:
-        last = np.searchsorted(pedal[0], end, "right") - 1  # when the pedal last went down
-        end = np.where(last >= 0, np.maximum(end, pedal[1, last]), end)
-    notes = np.stack([start, end, pitch, velocity])[:, np.lexsort((velocity, end, start, pitch))]
-    struck_again = np.where(notes[2, 1:] == notes[2, :-1], notes[0, 1:], np.inf)
-    notes[1, :-1] = np.minimum(notes[1, :-1], struck_again)
-    return notes, pedal
+def encode(score, tokenizer):
+    """Prepared Score -> list of ids, as they stand between BOS and EOS in the training data."""
+    return add_bpe([base_ids(score, tokenizer)], tokenizer)[0]
 
 
 def base_ids(score, tokenizer):
-    """Prepared Score -> ids before BPE [N]: those of tokenizer.encode, without a Python object a token."""
+    """Prepared Score -> ids before BPE [N]: those of tokenizer.encode.
+
+    For notes of REMI alone they are made in numpy, 100 times faster than an object for each token.
+    """
     config = tokenizer.config
-    if config.use_tempos or config.use_chords or config.use_sustain_pedals or config.use_time_signatures:
+    more = config.use_tempos, config.use_chords, config.use_sustain_pedals, config.use_time_signatures
+    if any(more) or Tokenization.__name__ != "REMI":
         return np.array(tokenizer.encode(score, encode_ids=False)[0].ids, np.uint16)
     notes, grid = score.tracks[0].notes.numpy(), score.ticks_per_quarter
     time, bar = notes["time"], 4 * grid
-    lengths = np.array([(beats * parts + part) * grid // parts for beats, part, parts in tokenizer.durations])
+    lengths = [(beats * parts + part) * grid // parts for beats, part, parts in tokenizer.durations]
     moves = np.diff(time, prepend=-1) != 0  # the first note of every chord needs a Position
-    first = {kind: tokenizer.token_ids_of_type(kind)[0] for kind in ("Position", "Pitch", "Velocity", "Duration")}
+    kinds = "Position", "Pitch", "Velocity", "Duration"
+    first = {kind: tokenizer.token_ids_of_type(kind)[0] for kind in kinds}
     position = np.where(moves, first["Position"] + time % bar, -1)
     pitch = first["Pitch"] + notes["pitch"].astype(int) - config.pitch_range[0]
     velocity = first["Velocity"] + nearest(tokenizer.velocities, notes["velocity"])
-    length = first["Duration"] + nearest(lengths, notes["duration"])
+    length = first["Duration"] + nearest(np.array(lengths), notes["duration"])
     rows = np.stack([position, pitch, velocity, length], axis=1)  # one a note; -1 is no token
-    bars = np.repeat(4 * np.arange(len(rows)), np.diff(time // bar, prepend=-1))  # where they begin in the rows
-    ids = np.insert(rows.ravel(), bars, tokenizer["Bar_None"])
+    new_bars = np.diff(time // bar, prepend=-1)
+    before = np.repeat(4 * np.arange(len(rows)), new_bars)  # where they begin in the rows
+    ids = np.insert(rows.ravel(), before, tokenizer["Bar_None"])
     return ids[ids >= 0].astype(np.uint16)
 
 
@@ -220,24 +225,22 @@ def nearest(choices, values):
     return np.searchsorted((choices[1:] + choices[:-1]) / 2, values, "right")
 
 
-def encode(score, tokenizer):
-    """Prepared Score -> list of ids, as they stand between BOS and EOS in the training data."""
-    return add_bpe(base_ids(score, tokenizer), tokenizer)
-
-
-def add_bpe(ids, tokenizer):
-    """Base ids [N] -> list of ids after BPE."""
+def add_bpe(pieces, tokenizer):
+    """List of base ids [N] -> list of lists of ids after BPE, on all cores."""
     if not tokenizer.is_trained:
-        return ids.tolist()
-    batch = [bar_words(ids, tokenizer)]  # of one: there is no fast call for a single text
-    return tokenizer._model.encode_batch_fast(batch, is_pretokenized=True)[0].ids
+        return [ids.tolist() for ids in pieces]
+    words = [bpe_words(ids, tokenizer) for ids in pieces]
+    encoded = tokenizer._model.encode_batch_fast(words, is_pretokenized=True)
+    return [piece.ids for piece in encoded]
 
 
-def bar_words(ids, tokenizer):
-    """Base ids -> one string a bar with one character an id: music as BPE reads it."""
+def bpe_words(ids, tokenizer):
+    """Base ids -> strings with one character an id, one string a bar: music as BPE reads it."""
+    first = tokenizer.token_ids_of_type(WORD_BEGINS)
+    assert first, f"WORD_BEGINS: the tokenizer has no {WORD_BEGINS} tokens"
     text = (ids.astype("<u4") + CHR_ID_START).tobytes().decode("utf-32-le")
-    bar = chr(tokenizer["Bar_None"] + CHR_ID_START)  # how every piece begins
-    return [bar + rest for rest in text.split(bar)[1:]]
+    begins = sorted({0, *np.flatnonzero(np.isin(ids, first)).tolist()})
+    return [text[begin:end] for begin, end in zip(begins, [*begins[1:], len(text)])]
 
 
 def transposition(tokenizer, semitones):
@@ -249,53 +252,369 @@ def transposition(tokenizer, semitones):
             token = f"Pitch_{int(value) + semitones}"
         elif kind == "Chord":
             root, quality = value.split(":")
-            token = f"Chord_{PITCH_CLASSES[(PITCH_CLASSES.index(root) + semitones) % 12]}:{quality}"
+            root = PITCH_CLASSES[(PITCH_CLASSES.index(root) + semitones) % 12]
+            token = f"Chord_{root}:{quality}"
         table[index] = tokenizer.vocab.get(token, -1)
     return table
 
 
-# -------------------------------------------------------------------------------- many files
+def grammar(tokenizer):
+    """A table [base vocabulary, base vocabulary]: may the second id follow the first?"""
+    kinds = [token.split("_")[0] for token in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
+    graph = tokenizer.tokens_types_graph
+    return np.array([[after in graph[kind] for after in kinds] for kind in kinds])
+
+
+# ---------------------------------------------------------------------- one file: reading what it says
+
+
+def read_midi(path):
+    """MIDI file -> Score with a track for each channel: its notes, its pedal, the file's tempos."""
+    if not os.path.isfile(path):
+        raise Refused("no such file")
+    if os.path.getsize(path) > MAX_BYTES:
+        raise Refused(f"too large: over {MAX_BYTES:,} bytes")
+    try:
+        data = midi_inside(Path(path).read_bytes())
+        kind, size, form, count, ticks_per_beat = struct.unpack_from(">4sIHHh", data)
+        if kind != b"MThd" or size < 6 or form > 2:
+            raise Refused(f"not a whole MIDI file: it begins with {data[:10]}")
+        at, events, ends = 8 + size, [], []
+        while at + 8 <= len(data):
+            kind, size = struct.unpack_from(">4sI", data, at)
+            if kind == b"MTrk":
+                at = read_chunk(data, at + 8, size, events, ends)
+            elif kind.isalnum() and at + 8 + size <= len(data):
+                at += 8 + size  # holds no music
+            elif len(ends) < count and any(data[at:]):
+                raise Refused(f"not a whole MIDI file: {kind} in place of track {len(ends) + 1}")
+            else:
+                break  # what some programs leave behind
+    except (IndexError, struct.error) as error:
+        raise Refused("not a whole MIDI file: it ends too early") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise Refused(f"not a whole MIDI file: {error}") from error
+    if form == 2 and len(ends) > 1:
+        raise Refused("format 2: its tracks are separate pieces")
+    if max(ends, default=0) > 1 << 30:  # symusic's are 32 bits wide
+        raise Refused(f"too long: over {1 << 30} ticks")
+    if ticks_per_beat <= 0:
+        raise Refused("no usable clock: it counts frames, or a beat has no ticks")
+    events.sort(key=itemgetter(0))  # at one tick: chunk by chunk, as they stand
+    return play(events, ends, ticks_per_beat)
+
+
+def midi_inside(data):
+    """A file's bytes -> its MIDI, taken out of gzip, of an RMID's chunks or of a MacBinary."""
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.open(io.BytesIO(data)).read(MAX_BYTES)
+    if data[:4] == b"RIFF":
+        at = 12
+        while data[at : at + 4] != b"data":  # or struct.error, at the end
+            at += 8 + struct.unpack_from("<I", data, at + 4)[0]
+            at += data[at] == 0  # fills up an odd size
+        return data[at + 8 :][: struct.unpack_from("<I", data, at + 4)[0]]
+    if data[:1] == b"\0" and data[128:132] == b"MThd":
+        return data[128:][: struct.unpack_from(">I", data, 83)[0]]
+    return data
+
+
+def read_chunk(data, at, size, events, ends):
+    """Add a track's events and the tick of its end; return where the next chunk begins.
+
+    An event is (tick, chunk, status, port, first, second). A track lasts to its end-of-track event,
+    whatever its length says; without one, as long as that says.
+    """
+    stop, chunk, tick, port, running, ended = at + size, len(ends), 0, 0, 0, False
+    while at != stop and not ended:
+        delta = data[at]
+        at += 1
+        if delta > 127:  # rarely: many bytes
+            delta, at = read_number(data, at - 1)
+        tick += delta
+        status = data[at]
+        if status < 128:
+            status = running  # goes on after SysEx and meta events, as most players have it
+        else:
+            at += 1
+        if 0x80 <= status < 0xF0:
+            running, first, second = status, data[at], 0
+            at += 1
+            if status < 0xC0 or status >= 0xE0:  # the others have one byte
+                second = data[at]
+                at += 1
+            if first > 127 or second > 127:
+                raise Refused("not a whole MIDI file: a data byte above 127")
+            if status < 0xA0 or 0xB0 <= status < 0xC0 and (first == 64 or first >= 120):
+                events.append((tick, chunk, status, port, first, second))
+        elif status == 0xFF:
+            first = data[at]
+            length, at = read_number(data, at + 1)
+            second = data[at : at + length]
+            at += length
+            events.append((tick, chunk, status, port, first, second))
+            ended = first == 0x2F
+            port = 16 * second[0] if first == 0x21 and second else port  # 16 channels each
+        elif status in (0xF0, 0xF7):  # SysEx, its later parts, escaped bytes
+            length, at = read_number(data, at)
+            at += length
+        elif status:
+            at += {0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)  # means nothing in a file
+        else:
+            raise Refused("not a whole MIDI file: data without a status")
+    ends.append(tick)
+    if data[at : at + 4] == b"MTrk" or at >= len(data):
+        return at
+    if any(data[at:stop]) or not ended:
+        raise Refused("not a whole MIDI file: a track goes on after its end")
+    return max(at, stop)
+
+
+def read_number(data, at):
+    """The number in the next one to four bytes, of 7 bits each, and where it ends."""
+    number = 0
+    for at in range(at, at + 4):
+        number = number << 7 | data[at] & 127
+        if data[at] < 128:
+            return number, at + 1
+    raise Refused("not a whole MIDI file: a number of over four bytes")
+
+
+def play(events, ends, ticks_per_beat):
+    """Events in order -> Score: which keys go down on each channel, for how long, and the pedal."""
+    tempos, metres = {}, {0: TimeSignature(0, 4, 4)}  # by tick, so that the last one counts
+    notes, pedals = defaultdict(list), defaultdict(list)  # of each channel
+    struck = defaultdict(deque)  # (channel, chunk, pitch): its open notes, the oldest first
+    last_release, released = {}, {}  # the last tick, of such a key and of any on a channel
+
+    def release(key, tick):
+        start, velocity = struck[key].popleft()
+        notes[key[0]].append((start, tick - start, key[2], velocity))
+        last_release[key] = released[key[0]] = tick
+
+    def move_pedal(moves, tick):
+        """Add to the ticks at which a channel's pedal goes down, up, down, up ..."""
+        moves.append(max([tick, *moves[-1:]]))
+
+    for tick, chunk, status, port, first, second in events:
+        channel = port + status % 16
+        if status < 0xA0:
+            key = channel, chunk, first
+            if status >= 0x90 and second:
+                struck[key].append((tick, second))
+            elif struck[key]:
+                release(key, tick)
+        elif status == 0xFF:
+            if first == 0x51:
+                tempos[tick] = Tempo(tick, mspq=int.from_bytes(second[:3], "big"))
+            elif first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
+                metres[tick] = TimeSignature(tick, second[0], 1 << second[1])
+        elif first in (64, 120, 121):  # the pedal; all sound off and reset all controllers lift it
+            down, moves = first == 64 and second >= 64, pedals[channel]
+            if down != len(moves) % 2:
+                # A key released at this tick, but before, is not held: so the pedal is a tick late.
+                move_pedal(moves, tick + (down and released.get(channel) == tick))
+        if 0xB0 <= status < 0xC0 and (first == 120 or first >= 123):  # all notes off
+            for key in struck:
+                while key[0] == channel and struck[key]:
+                    release(key, tick)
+    for key, left in struck.items():
+        for start, velocity in left:  # never released: until it was before, or to the track's end
+            end = last_release.get(key, -1)
+            end = end if end >= start else ends[key[1]]
+            notes[key[0]].append((start, end - start, key[2], velocity))
+    if any(tempo.mspq < 10_000 for tempo in tempos.values()):
+        raise Refused("no usable clock: a beat of under 10 ms")
+    score = Score(ticks_per_beat)
+    score.tempos.extend(tempos.values())
+    score.time_signatures.extend(metres.values())
+    for channel in sorted(notes):
+        if len(pedals[channel]) % 2:  # the end of the file lifts it
+            move_pedal(pedals[channel], max(ends))
+        track = Track(is_drum=channel % 16 == 9)
+        track.notes = Note.from_numpy(*np.array(sorted(notes[channel]), np.int32).T, "tick")
+        moves = np.array(pedals[channel], np.int32)
+        values = np.where(np.arange(len(moves)) % 2, 0, 127)
+        track.controls = ControlChange.from_numpy(moves, np.full(len(moves), 64), values, "tick")
+        score.tracks.append(track)
+    return score
+
+
+# ---------------------------------------------------------------------- one file: what becomes of it
+
+
+def prepare(score, tokenizer):
+    """Score -> one piano track on the tokenizer's grid, at 120 bpm or, with such tokens, its own beats."""
+    config, grid = tokenizer.config, tokenizer.config.max_num_pos_per_beat
+    own_beats = config.use_tempos or config.use_time_signatures
+    notes, pedal = piano(score, apply_pedal=not config.use_sustain_pedals)
+    lowest, highest = config.pitch_range
+    notes = notes[:, (lowest <= notes[2]) & (notes[2] <= highest)]
+    if not notes.size:
+        raise Refused("no piano notes")
+    if own_beats:
+        notes[:2] *= grid / score.ticks_per_quarter
+        pedal *= grid / score.ticks_per_quarter
+    else:  # a performance begins at once
+        origin = to_seconds(notes[0].min(), score)
+        notes[:2] = 2 * grid * (to_seconds(notes[:2], score) - origin)
+        pedal = 2 * grid * (to_seconds(pedal, score) - origin)
+    notes[:2] = np.round(notes[:2])
+    notes = notes[:, ::-1]  # of notes on one key and position, the one that was played last stays
+    _, order = np.unique(128 * notes[0] + notes[2], return_index=True)
+    start, end, pitch, velocity = notes[:, order]
+    if end.max() > MAX_BEATS * grid:
+        raise Refused(f"too long: over {MAX_BEATS} beats")
+    if np.diff(start, prepend=0).max() > MAX_SILENCE * grid:
+        raise Refused(f"mostly silent: over {MAX_SILENCE} beats without a note")
+    track, prepared = Track(), Score(grid)
+    track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
+    if config.use_sustain_pedals:
+        down, up = np.round(pedal).clip(0, end.max() + MAX_SILENCE * grid)
+        track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
+    prepared.tracks.append(track)
+    tempos, metres = {0: Tempo(0, 120)}, {}  # by position, so that the last one counts
+    if own_beats:
+        for events, kept in (score.tempos, tempos), (score.time_signatures, metres):
+            for event in events.copy():
+                event.time = round(event.time * grid / score.ticks_per_quarter)
+                if event.time <= end.max():
+                    kept[event.time] = event
+    prepared.tempos.extend(tempos.values())
+    prepared.time_signatures.extend(metres.values())
+    return prepared
+
+
+def piano(score, apply_pedal):
+    """All tracks but drums as one piano, in ticks: notes [4, N] (start, end, pitch, velocity), sorted by
+    pitch and start, and pedal [2, M] (down, up), down where that of any track is.
+
+    A track's pedal, if applied, holds its own notes. A key that is struck again ends its last note.
+    """
+    notes, pedals = [np.zeros((4, 0))], [np.zeros((2, 0))]
+    for track in score.tracks:
+        if len(track.notes) and not track.is_drum:
+            note, control = track.notes.numpy(), track.controls.numpy()
+            end = note["time"] + note["duration"]
+            time, value = (control[name][control["number"] == 64] for name in ("time", "value"))
+            order = np.argsort(time, kind="stable")
+            moves = time[order][np.diff(value[order] >= 64, prepend=False)]  # down, up, down, up ...
+            if len(moves) % 2:  # never lifted, so up at the end
+                moves = np.append(moves, max(moves[-1], end.max()))
+            down, up = pedal = moves.reshape(-1, 2).T
+            if apply_pedal:
+                before = np.searchsorted(down, end, "right")  # how often the pedal had gone down
+                end = np.maximum(end, np.append(0, up)[before])
+            notes.append([note["time"], end, note["pitch"], note["velocity"]])
+            pedals.append(pedal)
+    start, end, pitch, velocity = np.concatenate(notes, axis=1)
+    order = np.lexsort((velocity, end, start, pitch))
+    notes = np.stack([start, end, pitch, velocity])[:, order]
+    struck_again = np.where(notes[2, 1:] == notes[2, :-1], notes[0, 1:], np.inf)
+    notes[1, :-1] = np.minimum(notes[1, :-1], struck_again)
+    down, up = np.concatenate(pedals, axis=1)
+    order = np.argsort(down, kind="stable")
+    down, up = down[order], np.maximum.accumulate(up[order])
+    first = np.append(True, down[1:] >= up[:-1])[: len(down)]  # goes down while no other is
+    last = np.append(first[1:], True)[: len(down)]
+    return notes, np.stack([down[first], up[last]])
+
+
+def to_seconds(ticks, score):
+    """Ticks -> seconds, by the score's tempos; 120 bpm before the first."""
+    tempos = score.tempos.numpy()
+    at = np.append(0, tempos["time"]).astype(float)
+    second = np.append(500_000, tempos["mspq"]) / 1e6 / score.ticks_per_quarter  # of a tick
+    passed = np.append(0, np.cumsum(np.diff(at) * second[:-1]))
+    last = np.searchsorted(at, ticks, "right") - 1  # the tempo that counts
+    return passed[last] + (ticks - at[last]) * second[last]
+
+
+# ----------------------------------------------------------------------------------------- many files
+
+MIDI_NAMES = ".mid", ".midi", ".kar", ".rmi", ".smf"
+ARCHIVE_NAMES = ".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lzh", ".sit"
+ARCHIVE_BYTES = b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd"
+
+
+class Take:
+    """One MIDI file; its name, for people, has the folders in its source."""
+
+    __slots__ = "name", "path", "side", "notes", "seconds", "span", "passages", "tag", "piece"
+
+    def __init__(self, name, path, side=""):
+        self.name, self.path, self.side = name, path, side  # side: "train" or "val", if published
 
 
 def find_files(sources, work, skipped):
-    """Folders, files, archives, data sets and addresses -> one Take for every MIDI file, in a fixed order."""
+    """Folders, files, archives, data sets and addresses -> a Take for every MIDI file, sorted."""
     takes = []
     for number, source in enumerate(sources):
         path, published = Path(os.path.abspath(source)), {}
-        if path.is_file() and path.suffix.lower() in MIDI:
+        if path.is_file() and kind_of(path) == "midi":
             root, files = path.parent, [path]
         else:
             root = path if path.is_dir() else fetch(source, work / str(number))
-            walk = list(os.walk(root, onerror=lambda error: skipped.append((error.filename, "unreadable folder"))))
-            files = [Path(folder, name) for folder, _, names in walk for name in names]
-            folders = [os.path.join(folder, name) for folder, names, _ in walk for name in names]
-            skipped += [(path, "a link to a folder: name it as a source") for path in folders if os.path.islink(path)]
-            packed = [path for path in files if path.name.lower().endswith((".zip", ".tar.gz", ".tgz"))]
-            skipped += [(path, "an archive inside: name it as a source") for path in packed]
+            files = sorted(walk(root, skipped))
         for table in (file for file in files if file.match("maestro-v*.csv")):
-            published |= published_split(table)
-        for file in sorted(file for file in files if file.suffix.lower() in MIDI):
-            name = os.path.join(root.name, file.relative_to(root))
-            piece, side = published.get(file, (name if file.parent == root else os.path.dirname(name), ""))
-            if side == "test":
+            published |= published_split(table, files)
+        for file in files:
+            name, kind = os.path.join(root.name, file.relative_to(root)), kind_of(file)
+            if published.get(file) == "test":
                 skipped.append((name, "test split: kept out of training and validation"))
-            else:
-                takes.append(Take(name, str(file), piece, side))
+            elif kind == "midi":
+                takes.append(Take(name, str(file), published.get(file, "")))
+            elif kind == "archive":
+                skipped.append((name, "an archive inside: unpack it, and name it as a source"))
     if not takes:
-        raise Refused(f"no MIDI files (.mid, .midi) in {', '.join(map(str, sources))}")
+        raise Refused(f"no MIDI files in {', '.join(map(str, sources))}")
     return takes
 
 
-def published_split(table):
-    """MAESTRO's own table -> {path of a MIDI file: (piece, side)}."""
+def walk(root, skipped):
+    """Yield every file below a folder, but not what macOS adds to archives and to foreign disks."""
+
+    def skip(error):
+        skipped.append((error.filename, "unreadable folder"))
+
+    for folder, names, files in os.walk(root, onerror=skip):
+        names[:] = [name for name in names if name != "__MACOSX"]
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.islink(path):
+                skipped.append((path, "a link to a folder: name it as a source"))
+        yield from (Path(folder, name) for name in files if not name.startswith("._"))
+
+
+def kind_of(path):
+    """ "midi" or "archive", as a file's first bytes or its name say; "" for anything else."""
+    name, head, inside = path.name.lower(), b"", b""
+    with suppress(OSError, EOFError, zlib.error):
+        if path.is_file():  # opening a pipe would wait for ever
+            with open(path, "rb") as file:
+                head = file.read(132)
+            if head[:2] == b"\x1f\x8b":
+                with gzip.open(path) as file:
+                    inside = file.read(132)
+    for data in (head, inside):  # MIDI as it is, RMID, MacBinary
+        if b"MThd" in (data[:4], data[128:]) or data[:4] + data[8:12] == b"RIFFRMID":
+            return "midi"
+    if name.removesuffix(".gz").endswith(MIDI_NAMES):
+        return "midi"  # or should be
+    return "archive" if name.endswith(ARCHIVE_NAMES) or head.startswith(ARCHIVE_BYTES) else ""
+
+
+def published_split(table, files):
+    """MAESTRO's own table -> {path of a MIDI file: side}."""
     published, sides = {}, {"train": "train", "validation": "val", "test": "test"}
     try:
         with open(table, encoding="utf-8-sig", newline="") as rows:
             for row in csv.DictReader(rows):
-                piece = f"{row['canonical_composer']}: {row['canonical_title']}"
-                published[table.parent / row["midi_filename"]] = piece, sides[row["split"]]
+                published[table.parent / row["midi_filename"]] = sides[row["split"]]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise Refused(f"{table}: not MAESTRO's table, it lacks or misuses a column: {error!r}") from error
+        reason = f"it lacks or misuses a column: {error!r}"
+        raise Refused(f"{table}: not MAESTRO's table, {reason}") from error
+    if not published.keys() & set(files):
+        raise Refused(f"{table}: names none of the MIDI files here; move them or the table")
     return published
 
 
@@ -309,10 +628,12 @@ def fetch(source, work):
         archive = Path(source) if os.path.isfile(source) else download(address, work)
         return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         if "://" in address:
-            raise Refused(f"{source}: no whole .zip or .tar.gz came from there ({reason}); run again") from error
-        raise Refused(f"{source}: neither MIDI nor a whole .zip or .tar.gz ({reason})") from error
+            reason = f"no whole archive came from there ({reason}); run again"
+        else:
+            reason = f"neither MIDI nor a whole .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz ({reason})"
+        raise Refused(f"{source}: {reason}") from error
 
 
 def download(address, folder):
@@ -334,82 +655,111 @@ def download(address, folder):
 
 
 def unpack(archive, folder):
-    """Unpack a whole .zip or .tar.gz into a folder, which is returned; neither library writes elsewhere."""
-    print(f"unpacking {archive.name!a}")  # its name may not be UTF-8
-    limit, size = 200_000_000 + 100 * archive.stat().st_size, 0
+    """Unpack a whole .zip or .tar, .tar.gz ... into a folder, which is returned.
+
+    Both libraries write nothing outside of it.
+    """
+    print(f"unpacking {archive.name}")
+    folder.mkdir(parents=True)
+    limit = 200_000_000 + 100 * archive.stat().st_size  # or half of the disk, if that is less
+    limit, size = min(limit, shutil.disk_usage(folder).free // 2), 0
     if zipfile.is_zipfile(archive):
         opened = zipfile.ZipFile(archive)
-        size = sum(member.file_size for member in opened.infolist())
-        if len(set(opened.namelist())) < len(opened.namelist()):
-            raise Refused("two of its files have one name")
+        members = opened.infolist()
+        size, files = sum(m.file_size for m in members), sum(not m.is_dir() for m in members)
+        for member in members:  # some Windows programs write backslashes
+            member.filename = member.filename.replace("\\", "/")
     else:
-        with gzip.open(archive) as stream:  # read it all, because its checksum comes last
-            while size <= limit and stream.read(1 << 20):
-                size = stream.tell()
+        compressed = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+        with open(archive, "rb") as file:
+            opener = compressed.get(file.read(2), open)
+        with opener(archive, "rb") as stream:  # read it all, because its checksum comes last
+            while size <= limit and (part := stream.read(1 << 20)):
+                size += len(part)
         opened = tarfile.open(archive)
         opened.extraction_filter = tarfile.data_filter  # refuses what leads out of the folder
+        members = opened.getmembers() if size <= limit else []
+        files = sum(m.isfile() for m in members)
+        for member in members:
+            member.name = member.name.replace("\\", "/")
     if size > limit:
         raise Refused(f"a bomb? It would fill over {limit:,} bytes")
     with opened:
-        opened.extractall(folder)
+        opened.extractall(folder, members)
+    if sum(path.is_file() and not path.is_symlink() for path in folder.rglob("*")) < files:
+        raise Refused("two of its files have one name")
     return folder
 
 
 def read_takes(takes, tokenizer, workers, base_path, skipped):
-    """Read every file once, appending its ids to base_path; return the takes that could be read."""
-    read = {}  # what a take's ids hash to: the first that has them
-    with open(base_path, "wb") as base:
-        answers = parallel(partial(read_one, tokenizer), [take.path for take in takes], workers)
-        for take, (answer, reason) in tqdm(zip(takes, answers), "reading", len(takes), unit=" files"):
-            if answer:
-                ids, notes, seconds = answer
-                start = base.tell() // ids.itemsize
-                take = take._replace(span=slice(start, start + len(ids)), notes=notes, seconds=seconds)
-                first = read.setdefault(hashlib.sha256(ids).digest(), take)
-                if first is take:
-                    ids.tofile(base)
-                else:
-                    reason = f"duplicate: the same notes as {first.name}"
-            if reason:
+    """Read every file once, its ids going to base_path; return the takes that could be read."""
+    names, follows = sorted(tokenizer.vocab, key=tokenizer.vocab.get), grammar(tokenizer)
+    read, passages, every = {}, 0, 1  # read: what a take's ids hash to -> the first that has them
+    paths = [take.path for take in takes]
+    answers = in_workers(partial(read_one, tokenizer), paths, workers)
+    with open(base_path, "wb") as base, closing(answers):  # which stops the workers
+        for take, (answer, reason) in zip(tqdm(takes, "reading", unit=" files"), answers):
+            if answer is None:
                 skipped.append((take.name, reason))
+                continue
+            ids, take.notes, take.seconds, take.passages = answer
+            for place in np.flatnonzero(~follows[ids[:-1], ids[1:]]):
+                before, after = (names[token] for token in ids[place : place + 2])
+                reason = f"{after} after {before}, which the tokenizer's grammar forbids"
+                raise Refused(f"{take.name}: its ids have {reason}: a mistake in base_ids")
+            first = read.setdefault(hashlib.sha256(ids).digest(), take)
+            if first is not take:
+                skipped.append((take.name, f"duplicate: the same notes as {first.name}"))
+                continue
+            begin = base.tell() // ids.itemsize
+            take.span = slice(begin, begin + len(ids))  # of the file at base_path
+            ids.tofile(base)
+            take.tag = int(take.passages.min())
+            take.passages = take.passages[take.passages % every == 0]
+            passages += len(take.passages)
+            while passages > MAX_PASSAGES:  # keep a half of them, the same for all files
+                every *= 2
+                for other in read.values():
+                    other.passages = other.passages[other.passages % every == 0]
+                passages = sum(len(other.passages) for other in read.values())
     return list(read.values())
 
 
 def read_one(tokenizer, path):
-    """What a worker does: file -> its base ids, number of notes, seconds of music."""
-    score = prepare(read_midi(path), tokenizer)
-    return base_ids(score, tokenizer), score.note_num(), score.to("second").end()
+    """What a worker does: file -> its base ids, number of notes, seconds of music, passages."""
+    score = read_midi(path)
+    prepared = prepare(score, tokenizer)
+    seconds = to_seconds(prepared.end(), prepared)
+    return base_ids(prepared, tokenizer), prepared.note_num(), seconds, find_passages(score)
 
 
-def parallel(function, items, workers, seconds=MAX_SECONDS):
-    """Yield (result, None) or (None, reason) for each item, in order. A crash or a hang costs one item.
+def in_workers(function, items, workers):
+    """Yield (result, None) or (None, reason) for each item, in order.
 
-    A process that dies breaks its whole pool: so every process has a pool of its own, and a thread that waits for it.
+    A refusal, a crash or a hang costs one item. Any other exception is a mistake here, and ends all.
     """
-    new_pool = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), limit_memory)
-    idle = [new_pool() for _ in range(workers)]  # of one process each; as many as there are threads
-
-    def ask(item):
-        pool = idle.pop()
-        try:
-            process = pool.submit(os.getpid).result()
-            return pool.submit(function, item).result(seconds), None
-        except BrokenExecutor:
-            pool, reason = new_pool(), "crashed: it killed the process that read it"
-        except TimeoutError:
-            os.kill(process, signal.SIGTERM)
-            pool, reason = new_pool(), f"too slow: gave up after {seconds} s"
-        except Exception as error:
-            reason = str(error) if isinstance(error, Refused) else f"failed: {type(error).__name__}: {error}"
-        finally:
-            idle.append(pool)
-        return None, reason
-
-    with ThreadPoolExecutor(workers) as threads:
-        for first in range(0, len(items), 1000):  # results that wait for a slow file must not pile up
-            yield from threads.map(ask, items[first : first + 1000])
-    for pool in idle:
-        pool.shutdown()
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPool(min(workers, len(items)), initializer=limit_memory, context=spawn)
+    todo, asked = iter(items), deque()
+    try:
+        while True:
+            for item in islice(todo, 300 - len(asked)):  # results must not pile up
+                asked.append(pool.schedule(function, [item], timeout=MAX_SECONDS))
+            if not asked:
+                break
+            try:
+                yield asked.popleft().result(), None
+            except Refused as error:
+                yield None, str(error)
+            except MemoryError:
+                yield None, f"too large: over {MAX_MEMORY:,} bytes of memory to read it"
+            except TimeoutError:
+                yield None, f"too slow: over {MAX_SECONDS} s to read it"
+            except ProcessExpired as error:
+                yield None, f"crashed: the process that read it ended with {error.exitcode}"
+    finally:
+        pool.stop()
+        pool.join()
 
 
 def limit_memory():
@@ -420,30 +770,111 @@ def limit_memory():
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
 
 
-# -------------------------------------------------------------------------------- from ids to memmaps
+# ----------------------------------------------------------------------------------- pieces and sides
+
+STEPS, TOGETHER = 6, 0.05  # steps of a passage; seconds in which notes count as one attack
+SHARE, ENOUGH = 0.05, 3  # of the shorter file's passages, and how many, that two takes share
+COMMON = 60  # a passage that more files have tells nothing
+FACTOR = 0x9E3779B97F4A7C15  # odd, with mixed bits
 
 
-def split(takes, val_fraction, split_by, seed):
-    """Give every take a side, "train" or "val", by a draw from its piece's name: adding files moves no piece.
+def find_passages(score):
+    """Score -> a number for every passage: six steps, in semitones, of its highest or lowest notes.
 
-    Where the draws leave a side empty, the nearest piece goes there. A single folder has a piece in every file.
+    Other takes of a piece have many of them again, and so has a transposed one.
     """
-    if split_by == "file" or len({take.piece for take in takes}) == 1:
-        takes = [take._replace(piece=take.name, side="") for take in takes]
-    draw = lambda piece: int(hashlib.sha256(os.fsencode(f"{seed} {piece}")).hexdigest(), 16) / 2**256
-    pieces = sorted({take.piece for take in takes if not take.side}, key=draw)
-    count = sum(draw(piece) <= val_fraction for piece in pieces)
+    notes, _ = piano(score, apply_pedal=False)
+    start, pitch = notes[0], notes[2].astype(np.int64)
+    order = np.argsort(start, kind="stable")
+    apart = np.diff(to_seconds(start[order], score)) > TOGETHER
+    begins = np.append(0, np.flatnonzero(apart) + 1)  # of an attack
+    lines = [extreme.reduceat(pitch[order], begins) for extreme in (np.maximum, np.minimum)]
+    if len(begins) <= STEPS:  # too short: has one number, which no other file has
+        return np.frombuffer(hashlib.sha256(notes.tobytes()).digest()[:8], np.uint64)
+    steps = np.lib.stride_tricks.sliding_window_view(np.diff(lines), STEPS, axis=1)  # [2, N, STEPS]
+    factors = np.uint64(FACTOR) ** np.arange(1, STEPS + 1, dtype=np.uint64)
+    return np.unique(steps.astype(np.uint64) @ factors >> np.uint64(16))
+
+
+def find_pieces(takes):
+    """Set take.piece, a number that all takes of a piece have: those that share passages.
+
+    What hangs together is one piece.
+    """
+    lengths = np.array([len(take.passages) for take in takes])
+    owner = np.repeat(np.arange(len(takes), dtype=np.int32), lengths)
+    passages = np.concatenate([take.passages for take in takes])
+    _, passages, owners = np.unique(passages, return_inverse=True, return_counts=True)
+    tells = (owners > 1) & (owners <= COMMON)
+    keep = tells[passages]
+    owner, passages = owner[keep], (np.cumsum(tells) - 1)[passages[keep]]
+    shape = len(takes), 1 + passages.max(initial=0)
+    has = csr_matrix((np.ones(len(owner), np.int32), (owner, passages)), shape)
+    had_by, links = has.T.tocsr(), []
+    for first in range(0, len(takes), 1000):  # in blocks, to bound the memory
+        shared = (has[first : first + 1000] @ had_by).tocoo()
+        one, other = shared.row + first, shared.col
+        shorter = np.minimum(lengths[one], lengths[other])
+        enough = shared.data >= np.maximum(SHARE * shorter, np.minimum(shorter, ENOUGH))
+        links.append(np.stack([one, other])[:, enough & (one < other)])
+    one, other = np.concatenate(links, axis=1)
+    linked = csr_matrix((np.ones(len(one)), (one, other)), (len(takes), len(takes)))
+    count, piece = connected_components(linked, directed=False)
+    for take, number in zip(takes, piece.tolist()):
+        take.piece = number
+    # Takes of one piece share passages pair by pair. Most files in one loose chain only have figures in
+    # common, as études of one composer do.
+    files, pairs = np.bincount(piece), np.bincount(piece[one], minlength=count)
+    largest = files.argmax()
+    loose = pairs[largest] < files[largest] * (files[largest] - 1) / 4
+    if count == 1 or (loose and files[largest] > len(takes) / 2):
+        hang = f"{files[largest]} of {len(takes)} files hang together"
+        print(f"{hang}, by what they share: each of them counts as a piece")
+        set_apart([take for take in takes if take.piece == largest], count)
+
+
+def set_apart(takes, first=0):
+    """Let every file be a piece, numbered from `first` on."""
+    for number, take in enumerate(takes, first):
+        take.piece, take.tag = number, hashlib.sha256(take.passages).hexdigest()
+
+
+def choose_sides(takes, val_fraction, seed):
+    """Give every take a side, "train" or "val", by a draw from its piece's smallest passage.
+
+    So names do not count, and other pieces do not either. A take that joins a piece moves it only if it
+    has a smaller passage, and then to the other side in one of six cases at most.
+    Where the draws leave a side empty, the nearest piece goes there. A published side stays.
+    """
+    tags, known = {}, {}
+    for take in takes:
+        tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
+        if take.side:
+            known[take.piece] = take.side
+    draws = {}
+    for piece in tags.keys() - known.keys():
+        digest = hashlib.sha256(f"{seed} {tags[piece]}".encode()).hexdigest()
+        draws[piece] = int(digest, 16) / 2**256
+    pieces = sorted(draws, key=draws.get)
+    count = sum(draw <= val_fraction for draw in draws.values())
     held_out = set(pieces[: min(max(count, 1), len(pieces) - 1)])  # both sides get one
-    return [take._replace(side=take.side or ("val" if take.piece in held_out else "train")) for take in takes]
+    for take in takes:
+        drawn = "val" if take.piece in held_out else "train"
+        take.side = take.side or known.get(take.piece, drawn)
+
+
+# -------------------------------------------------------------------------------------------- writing
 
 
 def train_bpe(tokenizer, takes, base, vocab_size):
-    """Teach the tokenizer to join what often stands together; of a large corpus, in evenly spaced files."""
+    """Teach the tokenizer to join what often stands together, in evenly spaced files."""
     notes = sum(take.notes for take in takes)
     if vocab_size is None:
-        vocab_size = min(10_000, len(tokenizer) + 100 + notes // 8000)  # few enough to learn each well
-        print(f"vocabulary of {vocab_size} tokens, chosen for this corpus (--vocab_size sets another)")
-    texts = [bar_words(base[take.span], tokenizer) for take in takes[:: math.ceil(notes / BPE_NOTES)]]
+        vocab_size = len(tokenizer) + 100 + notes // 8000  # few enough to learn each well
+        vocab_size = min(10_000, vocab_size)
+        print(f"a vocabulary of {vocab_size} tokens fits this corpus (--vocab_size sets another)")
+    some = takes[:: math.ceil(notes / BPE_NOTES)]
+    texts = [bpe_words(base[take.span], tokenizer) for take in some]
     tokenizer.train(vocab_size=vocab_size, iterator=texts)
 
 
@@ -451,43 +882,153 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
     """Write every take, in all transpositions that the keyboard holds, as BOS ... EOS; count them."""
     tables = [transposition(tokenizer, semitones) for semitones in range(-transpose, transpose + 1)]
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
-    counts.update(notes=sum(take.notes for take in takes), seconds=round(sum(take.seconds for take in takes)))
-    with open(path, "wb") as file:
-        for take in tqdm(takes, f"writing {path.name}", unit=" files"):
+    counts.update(notes=sum(take.notes for take in takes))
+    counts.update(seconds=round(sum(take.seconds for take in takes)))
+    bar = tqdm(total=len(takes), desc=f"writing {path.name}", unit=" files")
+    with open(path, "wb") as file, bar:
+        for first in range(0, len(takes), 100):
+            block = takes[first : first + 100]
             for table in tables:
-                shifted = table[base[take.span]]
-                if shifted.min() >= 0:
-                    ids = [tokenizer["BOS_None"], *add_bpe(shifted, tokenizer), tokenizer["EOS_None"]]
+                shifted = [(take, table[base[take.span]]) for take in block]
+                shifted = [(take, ids) for take, ids in shifted if ids.min() >= 0]
+                all_ids = add_bpe([ids for _, ids in shifted], tokenizer)
+                for (take, _), ids in zip(shifted, all_ids):
+                    ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
                     np.array(ids, dtype).tofile(file)
                     counts.update(sequences=1, tokens=len(ids))
+            bar.update(len(block))
     print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return counts
 
 
-def round_trip(takes, tokenizer):
-    """Up to 20 files -> ids -> notes: what is lost, and how far the rest is off (median, 95th percentile)."""
-    sums, errors, apply_pedal = Counter(), [], not tokenizer.config.use_sustain_pedals
-    for take in tqdm(takes[:: math.ceil(len(takes) / 20)], "round trip", unit=" files"):
-        played = read_midi(take.path)
-        ids = encode(prepare(played, tokenizer), tokenizer)
-        decoded = tokenizer.decode([ids])
-        before, after = (piano(score.to("second"), apply_pedal)[0] for score in (played, decoded))
-        lost = before.shape[1] - after.shape[1]
-        sums.update(files=1, notes=before.shape[1], notes_lost=lost, tokens=len(ids), seconds=take.seconds)
-        for notes in (before, after):
-            notes[1] -= notes[0]  # lengths, not ends
-            notes[0] -= notes[0].min()
-            notes[:2] *= 1000  # ms
-        match = nearest(after[2] * 1e9 + after[0], before[2] * 1e9 + before[0])  # same key, nearest time
-        errors.append(np.abs(before - after[:, match])[:, before[2] == after[2, match]])
-    onset, duration, _, velocity = np.percentile(np.hstack(errors), [50, 95], axis=1).T.round(2).tolist()
-    report = {**sums, "onset_ms": onset, "duration_ms": duration, "velocity": velocity}
-    report["tokens_per_note"] = round(sums["tokens"] / sums["notes"], 2)
-    report["tokens_per_second"] = round(sums["tokens"] / sums["seconds"], 2)
-    return report
+# Of a data folder, meta.json is the first file to go and the last to come: without it, there is none.
+FILES = "meta.json", "train.bin", "val.bin", "tokenizer.json", "skipped.csv"
 
 
-# -------------------------------------------------------------------------------- a corpus of our own
+def put_in_place(work, out):
+    """Exchange the files of a data folder for those in `work`, all or none."""
+    old = out / ".old"
+    try:
+        old.mkdir()
+        for name in FILES:
+            if (out / name).exists():
+                os.replace(out / name, old / name)
+        for name in reversed(FILES):
+            os.replace(work / name, out / name)
+    except BaseException as error:
+        settle(work, out)
+        if isinstance(error, OSError):
+            raise Refused(f"--out {out}: {error}; what was there before is as it was") from error
+        raise
+    settle(work, out)
+
+
+def settle(work, out):
+    """End an exchange, of this run or one that was killed: done if meta.json is there, else undone."""
+    old = out / ".old"
+    if old.exists() and not (out / "meta.json").exists():
+        for name in reversed(FILES):
+            if (out / name).exists() and not (work / name).exists():
+                os.replace(out / name, work / name)
+            if (old / name).exists():
+                os.replace(old / name, out / name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_skipped(path, skipped):
+    """The files that were not used, and why. A name may be no UTF-8."""
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
+        csv.writer(table).writerows([("file", "reason"), *skipped])
+
+
+def make_data(args, work):
+    """All steps in their order, from the sources to the files of a data folder."""
+    began, skipped = time.monotonic(), []
+    settings = {name: getattr(args, name) for name in MUSICAL[:-1]}
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else build_tokenizer(**settings)
+    if not args.tokenizer and args.vocab_size and args.vocab_size <= len(tokenizer):
+        raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}")
+    sources = args.sources or [compose_corpus(args.etudes, args.seed, work / "etudes")]
+    takes = find_files(sources, work, skipped)
+    takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
+    reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
+    print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
+    if args.sources and len(takes) > 1:
+        find_pieces(takes)
+    else:  # études have figures in common
+        set_apart(takes)
+    choose_sides(takes, args.val_fraction, args.seed)
+    train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
+    if not train or not val:
+        why = "none was skipped"
+        if skipped:
+            used = (args.out / "meta.json").exists()  # its own skipped.csv stays
+            listed = args.out / ("not used.csv" if used else "skipped.csv")
+            write_skipped(listed, skipped)
+            why = f"{': '.join(skipped[0])}; all reasons are in {listed}"
+        need = "two pieces are needed, one to train on, one to hold out"
+        raise Refused(f"{need}; readable files: {len(takes)} ({why})")
+
+    base = np.memmap(work / "base.bin", np.uint16, "r")
+    if args.tokenizer:
+        shutil.copyfile(args.tokenizer, work / "tokenizer.json")
+    else:
+        if args.vocab_size != 0:
+            train_bpe(tokenizer, train, base, args.vocab_size)
+        tokenizer.save(work / "tokenizer.json")
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    meta = {"vocab_size": len(tokenizer), "dtype": dtype}
+    meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
+    saved = (work / "tokenizer.json").read_bytes()
+    meta["tokenizer_sha256"] = hashlib.sha256(saved).hexdigest()
+    meta["train"] = write_side(work / "train.bin", train, base, tokenizer, args.transpose, dtype)
+    meta["val"] = write_side(work / "val.bin", val, base, tokenizer, 0, dtype)
+    meta |= {"settings": vars(args), "skipped": reasons}
+    (work / "meta.json").write_text(json.dumps(meta, indent=2, default=str))
+    write_skipped(work / "skipped.csv", skipped)
+    put_in_place(work, args.out)
+    pieces = len({take.piece for take in takes})
+    print(f"{pieces:,} pieces in {len(takes):,} files: those that share notes are one, in any folder")
+    tuned = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
+    seconds = time.monotonic() - began
+    print(f"{args.out}: ready after {seconds:.0f} s; next: python train.py --data {args.out}{tuned}")
+
+
+def main(args):
+    """Lock the data folder, make the data, tidy up."""
+    out, work = args.out, args.out / ".unfinished"
+    if any(out.glob("*.ckpt")):
+        raise Refused(f"--out {out}: holds a trained model and its tokenizer; name another folder")
+    for path in (out / name for name in FILES):
+        if path.is_dir():
+            raise Refused(f"--out {out}: {path} is a folder, where a file is to be written")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(work / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise Refused(f"--out {out}: another run is writing there") from error
+    except OSError as error:
+        raise Refused(f"--out {out}: {error.strerror}") from error
+    try:
+        settle(work, out)
+        for path in work.iterdir():  # of a run that was killed
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make_data(args, work)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Refused(f"--out {out}: {error.strerror}") from error
+    finally:
+        if not (out / ".old").exists():  # else the next run undoes an exchange
+            shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+        with suppress(OSError):  # only goes if it is empty
+            out.rmdir()
+
+
+# ----------------------------------------------------------------- études: a corpus of our own
 
 # Four chords, one a bar, by degree of the scale (0 tonic, 4 dominant): questions, answers, somewhere else.
 QUESTIONS = (0, 3, 0, 4), (0, 5, 3, 4), (0, 5, 1, 4), (0, 2, 3, 4), (0, 0, 3, 4)
@@ -557,108 +1098,20 @@ def compose(seed):
     return score
 
 
-# -------------------------------------------------------------------------------- the steps, in order
-
-
-def main(args):
-    began, work, skipped = time.monotonic(), args.out / ".unfinished", []
-    if any(args.out.glob("*.ckpt")):
-        raise Refused(f"--out {args.out}: holds a trained model and its tokenizer; name another folder")
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    work.mkdir(parents=True)
-    tokenizer = build_tokenizer(**{name: getattr(args, name) for name in MUSICAL})
-    if args.tokenizer is not None:
-        tokenizer = load_tokenizer(args.tokenizer)
-    elif args.vocab_size and args.vocab_size <= len(tokenizer):
-        raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}, the base tokens")
-
-    takes = find_files(args.sources or [compose_corpus(args.etudes, args.seed, work / "etudes")], work, skipped)
-    takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
-    reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
-    print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
-    takes = split(takes, args.val_fraction, args.split_by, args.seed)
-    train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
-    if not train or not val:
-        raise Refused(f"two pieces are needed, one to train on, one to hold out; readable files: {len(takes)}")
-
-    base = np.memmap(work / "base.bin", np.uint16, "r")
-    if args.tokenizer:
-        shutil.copyfile(args.tokenizer, work / "tokenizer.json")
-    else:
-        if args.vocab_size != 0:
-            train_bpe(tokenizer, train, base, args.vocab_size)
-        tokenizer.save(work / "tokenizer.json")
-    meta = {"vocab_size": len(tokenizer), "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32"}
-    meta |= {name.lower(): tokenizer[f"{name}_None"] for name in ("PAD", "BOS", "EOS")}
-    meta["tokenizer_sha256"] = hashlib.sha256((work / "tokenizer.json").read_bytes()).hexdigest()
-    meta["train"] = write_side(work / "train.bin", train, base, tokenizer, args.transpose, meta["dtype"])
-    meta["val"] = write_side(work / "val.bin", val, base, tokenizer, 0, meta["dtype"])
-    share = meta["val"]["notes"] / (meta["train"]["notes"] + meta["val"]["notes"])
-    if share > 2 * args.val_fraction and args.split_by == "piece":
-        print(f"{share:.0%} of the notes are held out: a folder counts as one piece; for others use --split_by file")
-    meta |= {"settings": vars(args), "skipped": reasons, "round_trip": round_trip(takes, tokenizer)}
-    if args.report:
-        print("round trip of {files} files: {notes_lost} of {notes:,} notes lost, {tokens_per_note} tokens a note, "
-              "{tokens_per_second} a second; error, median and 95th percentile: onset {onset_ms} ms, "
-              "duration {duration_ms} ms, velocity {velocity} of 127".format(**meta["round_trip"]))  # fmt: skip
-    with open(work / "skipped.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
-        csv.writer(table).writerows([("file", "reason"), *skipped])
-    (work / "meta.json").write_text(json.dumps(meta, indent=2, default=str))
-
-    (args.out / "meta.json").unlink(missing_ok=True)  # killed here, none describes another run's files
-    for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv", "meta.json"):
-        os.replace(work / name, args.out / name)
-    tuned = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
-    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s; next: python train.py --data {args.out}{tuned}")
-
-
 if __name__ == "__main__":
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, usage=argparse.SUPPRESS,
-                                     allow_abbrev=False)  # fmt: skip
-    flag = parser.add_argument
-    flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, URL; none: études")
-    flag("--out", type=Path, default="data", help="folder to write (data)")
-    flag("--transpose", type=int, default=0, metavar="K", help="training copies up to K semitones off (0)")
-    flag("--val_fraction", type=float, default=0.1, help="share of the pieces to hold out (0.1)")
-    flag("--split_by", choices=["piece", "file"], default="piece",
-         help="hold out whole folders, each with the takes of a piece, or single files (piece)")  # fmt: skip
-    flag("--etudes", type=int, default=2000, help="études to compose without SOURCE (2000)")
-    flag("--report", action="store_true", help="print what the tokens lose (meta.json has it anyway)")
-    flag("--workers", type=int, default=os.cpu_count() or 1, help="processes that read files (one a core)")
-    flag("--seed", type=int, default=0, help="draws the études and the split (0)")
-    flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, to fine-tune it: replaces all that follow")
-    flag = parser.add_argument_group("what a token is").add_argument
-    flag("--vocab_size", type=int, help="tokens after BPE, 0 for none (by the size of the corpus)")
-    flag("--beat_res", type=int, default=24, choices=range(4, 97, 4), metavar="N", help="positions a beat (24)")
-    flag("--num_velocities", type=int, default=16, help="levels of loudness (16)")
-    flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens (else: 120 bpm)")
-    flag("--time_signatures", action="store_true", help="keep the files' beats and bars, with TimeSig tokens")
-    flag("--chords", action="store_true", help="Chord tokens: 12 roots x maj, min, dim, aug, dominant 7th")
-    flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: notes as long as it holds them)")
-    args = parser.parse_args()
-    limits = {"num_velocities": (1, 127), "transpose": (0, 24), "val_fraction": (0.001, 0.999), "workers": (1, 1000)}
-    limits |= {"etudes": (2, 10**7), "vocab_size": (0, 10**6)}
-    for name, (low, high) in limits.items():
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            parser.error(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
-    given = [name for name in ("vocab_size", *MUSICAL) if getattr(args, name) != parser.get_default(name)]
-    if args.sources and args.etudes != parser.get_default("etudes"):
-        parser.error(f"--etudes {args.etudes}: études are composed where no SOURCE is named; leave out one of them")
-    if args.tokenizer is not None and given:
-        parser.error(f"--tokenizer {args.tokenizer} has its own --{given[0]}: leave out one of them")
-
+    for name in ("stdout", "stderr"):  # any text can be printed, even where the stream is closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    parser, args = parse_flags()
     for number in (signal.SIGINT, signal.SIGTERM):  # a plain kill tidies up as Ctrl-C does
         signal.signal(number, signal.default_int_handler)
     try:
         main(args)
+        sys.stdout.flush()
     except Refused as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error}; what was there before is as it was")
+    except BrokenPipeError:  # nobody reads on, as with `| head -1`
+        os._exit(1)
     except KeyboardInterrupt:
-        sys.exit("stopped: nothing was written")
-    finally:
-        shutil.rmtree(args.out / ".unfinished", ignore_errors=True)
-        with suppress(OSError):  # only goes if it is empty
-            args.out.rmdir()
+        sys.exit("stopped")
