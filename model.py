@@ -22,6 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
+class Refused(ValueError):
+    """What was asked for cannot be done; the message says why, in one line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything about a model that is no array. The defaults are the reference: 101,184,784 parameters."""
@@ -276,7 +280,7 @@ def load(path, like=()):
         load("run/best.ckpt", lambda meta: {"model": Decoder(Config(**meta["config"]), jax.random.key(0))})
 
     Parts of the file that `like` lacks (say, the optimizer's) are left unread. Nothing in the file is ever executed,
-    and the zip format's checksums catch damage. ValueError, with one line that says why, where it can't be used.
+    and the zip format's checksums catch damage. Refused, with one line that says why, where it can't be used.
     """
     try:
         if os.path.exists(path) and not zipfile.is_zipfile(path):
@@ -296,6 +300,6 @@ def load(path, like=()):
             like = eqx.filter_eval_shape(like, meta) if callable(like) else like
             return jax.tree_util.tree_map_with_path(read, like), meta
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+        raise Refused(f"{path}: no such checkpoint") from None
     except Exception as error:  # whatever a damaged or foreign file provokes in zipfile, numpy and json
-        raise ValueError(f"{path}: not a usable checkpoint ({error or type(error).__name__})") from error
+        raise Refused(f"{path}: not a usable checkpoint ({error or type(error).__name__})") from error
