@@ -1,21 +1,22 @@
-"""Composes: draws piano music from a trained model, keeps the best of several, puts it on a page that plays it.
+"""Composes: draws piano music from a trained model, and keeps the best of several draws.
 
-    python sample.py                                                   # four pieces out of nothing
-    python sample.py --seeds 0 11 255 777 --temperatures 0.7 0.8 0.9   # twelve, made together
-    python sample.py --prompt moon.mid --prompt_bars 8                 # go on where eight bars of a file end
-    python sample.py --chords "Dm7 G7 C:4" --scale_lock "C major"      # go on from chords, on white keys only
+    python sample.py                                                  # four pieces out of nothing
+    python sample.py --seeds 0 11 255 777 --temperatures 0.7 0.8 0.9  # twelve, made together
+    python sample.py --prompt moon.mid --prompt_bars 8                # go on after eight bars
+    python sample.py --chords "Dm7 G7 C:4" --scale_lock "C major"     # from chords, on white keys
 
-OUT receives index.html (open it, or mail it: everything is inside) and a .mid file for each piece.
+OUT receives index.html, a page that plays the music (open it, or mail it: all is inside), and a
+.mid file for each piece.
 """
 
-# Names end in their shape: B pieces in the making, T tokens of a window, N tokens of a piece, V vocabulary,
-# K kinds of token, 2 a position in the bar and a pitch.
+# Names end in their shape: B pieces in the making, T tokens of a window, N tokens of a piece,
+# V vocabulary, K kinds of token, 2 a position in the bar and a pitch.
 
 import signal
 import sys
 
-if __name__ == "__main__" and not hasattr(sys, "ps1"):  # in a notebook, Ctrl-C belongs to the kernel
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, it ends us without a traceback
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: a notebook, which must live on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 import argparse
 import base64
@@ -42,9 +43,10 @@ from tqdm import tqdm
 
 from model import Config, Decoder, Refused, atomic_write, empty_cache, load
 
-# Prompts take the very path of the training data. It is loaded from its file, under another name, because
-# `import tokenize` means the standard library's module.
-spec = importlib.util.spec_from_file_location("midi_tokenize", Path(__file__).resolve().with_name("tokenize.py"))
+# Prompts take the very path of the training data. It is loaded from its file, under another name,
+# because `import tokenize` means the standard library's module.
+path = Path(__file__).resolve().with_name("tokenize.py")
+spec = importlib.util.spec_from_file_location("midi_tokenize", path)
 midi_tokenize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(midi_tokenize)
 
@@ -64,14 +66,14 @@ def parse_flags(words=None):
     )
     flag = parser.add_argument
     flag("--run", type=Path, default="run", help="folder that train.py wrote; its best.ckpt plays")
-    flag("--data", type=Path, help="folder of the training data, to look for copies (that of the run)")
+    flag("--data", type=Path, help="training data to look for copies in (that of the run)")
     flag("--out", type=Path, default="samples", help="folder to write; other files in it stay")
 
     flag = parser.add_argument_group("prompt: how pieces begin (else: out of nothing)").add_argument
-    flag("--prompt", type=Path, metavar="FILE.mid", help="a MIDI file, cut by one of the next three")
+    flag("--prompt", type=Path, metavar="FILE.mid", help="a MIDI file; the next three cut it")
     flag("--prompt_tokens", type=int, metavar="N", help="only its first N tokens")
     flag("--prompt_seconds", type=float, metavar="S", help="only its first S seconds")
-    flag("--prompt_bars", type=int, metavar="N", help="only its first N bars, by its time signatures")
+    flag("--prompt_bars", type=int, metavar="N", help="only its first N bars")
     flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; C{" C".join(CHORDS)}')
     flag("--scale", help=f'one octave upwards: "D minor"; {" ".join(SCALES)}')
     flag("--motif", help='notes with beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
@@ -80,10 +82,10 @@ def parse_flags(words=None):
     flag = parser.add_argument_group("sampling").add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 11, 255, 777], help="one piece each")
     flag("--num_samples", type=int, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    flag("--temperatures", type=float, nargs="+", default=[0.9], help="each for every seed; 0: greedy")
+    flag("--temperatures", type=float, nargs="+", default=[1.0], help="each with each seed")
     flag("--best_of", type=int, default=8, metavar="N", help="draw N for each piece, keep the best")
     flag("--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
-    flag("--top_p", type=float, default=1.0, metavar="P", help="only the likeliest that sum to P")
+    flag("--top_p", type=float, default=0.9, metavar="P", help="only the likeliest that sum to P")
     flag("--min_p", type=float, default=0.0, metavar="P", help="none under P x the likeliest")
     flag("--max_tokens", type=int, default=2000, metavar="N", help="of new music, at the most")
     flag("--min_tokens", type=int, default=100, metavar="N", help="before a piece may end")
@@ -116,7 +118,7 @@ class Settings(NamedTuple):
 
 
 def filter_logits(logits_BV, settings):
-    """Set to -inf all but the top_k likeliest, all past those that sum to top_p, all below min_p x the likeliest."""
+    """Set to -inf what is not among the top_k, in the likeliest top_p, over min_p x the best."""
     least_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(settings.min_p)
     if settings.top_k or settings.top_p < 1:  # sorting the vocabulary costs more than all the rest
         sorted_BV = jnp.sort(logits_BV, descending=True)
@@ -165,7 +167,7 @@ def read_window(model, tokens_BT, cache):
 
 @functools.partial(jax.jit, donate_argnames="music", static_argnames="settings")
 def add_tokens(fixed, music, steps, settings):
-    """Add `steps` tokens to all pieces. What a row draws depends on its own key and its length alone."""
+    """Add `steps` tokens to all pieces. What a row draws depends on its key and length alone."""
     model, grammar, first_V, given, keys_B, temperature_B = fixed
 
     def add_token(_, music):
@@ -173,7 +175,8 @@ def add_tokens(fixed, music, steps, settings):
         last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
         logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
         goes_on_V = jnp.arange(model.cfg.vocab_size) != grammar.eos
-        allowed_V = (first_V | (length > given)) & (goes_on_V | (length >= given + settings.min_tokens))
+        allowed_V = goes_on_V | (length >= given + settings.min_tokens)
+        allowed_V &= first_V | (length > given)
         logits_BV = jnp.where(grammar.allows(state) & allowed_V, logits_B1V[:, 0], -jnp.inf)
         token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
         token_B = pick(logits_BV, token_keys_B, temperature_B, settings)
@@ -202,32 +205,36 @@ class Draw(NamedTuple):
 def generate(model, grammar, prompt, draws, settings, is_enough=None):
     """Go on from a Prompt, once for each Draw: lists of ids, and the new tokens per second.
 
-    A list begins with BOS, and ends with EOS if the piece came to its end. Every 32 tokens, `is_enough` may stop a
-    piece by its ids.
+    A list begins with BOS, and ends with EOS if the piece came to its end. Every 32 tokens,
+    `is_enough` may stop a piece by its ids.
 
-    The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are forgotten and the
-    others read again: they stand at other positions now, which are part of all keys and values. With context 8 and
-    window_drop 4, tokens 0 to 7 are the window that token 8 is drawn from. Then tokens 4 to 7 are read again, at
-    positions 0 to 3, and tokens 9 to 12 are drawn, the last of them from 4 to 11; then the window begins at 8.
-    With rotary positions, which are relative, each new token takes the place of the oldest: nothing is read again.
+    The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are
+    forgotten and the others read again, because they stand at other positions now, which are part
+    of all keys and values. With context 8 and window_drop 4, token 8 is drawn from tokens 0 to 7.
+    Then the window begins at 4: tokens 4 to 7 are read again, at positions 0 to 3, and tokens 9 to
+    12 are drawn one by one, the last from tokens 4 to 11. Then it begins at 8.
+    With rotary positions, which are relative, each new token takes the place of the oldest.
     """
     rows, length, context, eos = len(draws), len(prompt.ids), model.cfg.context, int(grammar.eos)
     total, drop = length + settings.max_tokens, settings.window_drop or context // 2
     begin = max(0, length - context)
     if not model.cfg.rotary:
         begin = drop * math.ceil(begin / drop)
-    room = math.inf if model.cfg.rotary else begin + context + 1 - length  # tokens, before all is read again
+    # how many tokens may be drawn before the window is read again
+    room = math.inf if model.cfg.rotary else begin + context + 1 - length
     tokens_BN = np.full((rows, total), eos, np.int32)
     tokens_BN[:, :length] = prompt.ids
 
     cache = empty_cache(model.cfg, 1, jax.tree.leaves(model)[0].dtype, min(context, total))
     if length - 1 > begin:
-        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)  # once, for all pieces begin alike
-    cache, state = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), (cache, grammar.after(prompt.ids)))
+        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
+    one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
+    cache, state = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
     music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state)
     temperature_B = np.array([draw.temperature for draw in draws], np.float32)
     keys_B = jnp.stack([draw.key() for draw in draws])
-    fixed = Fixed(model, grammar, jnp.array(prompt.first_V), jnp.int32(length), keys_B, temperature_B)
+    first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
+    fixed = Fixed(model, grammar, first_V, given, keys_B, temperature_B)
 
     music = add_tokens(fixed, music, 0, settings)  # compiles
     if total - length > room:
@@ -245,7 +252,8 @@ def generate(model, grammar, prompt, draws, settings, is_enough=None):
             tokens_BN = np.array(music.tokens_BN)
             bar.update(np.count_nonzero(tokens_BN[:, length - steps : length] != eos))
             if is_enough:
-                tokens_BN[[is_enough(row[:length].tolist()) for row in tokens_BN], length - 1] = eos
+                stops_B = [is_enough(row[:length].tolist()) for row in tokens_BN]
+                tokens_BN[stops_B, length - 1] = eos
                 music = music._replace(tokens_BN=jnp.array(tokens_BN))
         bar.total = bar.n  # pieces may end early
     seconds = time.perf_counter() - started
@@ -259,7 +267,7 @@ MOVES = {"BOS", "Bar", "Position", "TimeShift"}  # kinds of token after which ch
 
 
 class State(NamedTuple):
-    """Where pieces stand: the last kind of token, and the least position and pitch that may come next."""
+    """The last kind of token of each piece, and the least position and pitch that may follow."""
 
     kind_B: jax.Array
     least_B2: jax.Array
@@ -268,8 +276,9 @@ class State(NamedTuple):
 class Grammar(NamedTuple):
     """Which tokens may come next in a State.
 
-    Kinds follow each other as the tokenizer's own graph says. Within a bar positions rise, and within a chord
-    pitches, as they always do in training data: so time never runs backwards and no note is struck twice.
+    Kinds follow each other as the tokenizer's own graph says. Within a bar positions rise, and
+    within a chord pitches, as they always do in training data: so time never runs backwards and no
+    note is struck twice.
     """
 
     follows_KV: jax.Array  # may this token come after a token of that kind?
@@ -291,8 +300,9 @@ class Grammar(NamedTuple):
     def after(self, ids):
         """The State of one piece after these tokens, of which the first is BOS."""
         tokens = np.array(ids)
-        since_2 = np.argmax(np.array(self.sets_least_V2)[tokens[::-1]], axis=0)  # tokens since one has set it
-        least_2 = np.array(self.least_V2)[tokens[-1 - since_2], [0, 1]]
+        sets_N2 = np.array(self.sets_least_V2)[tokens]
+        last_2 = len(tokens) - 1 - np.argmax(sets_N2[::-1], axis=0)  # the last token that did
+        least_2 = np.array(self.least_V2)[tokens[last_2], [0, 1]]
         return State(self.kind_V[tokens[-1:]], jnp.array(least_2)[None])
 
 
@@ -311,7 +321,10 @@ def spell(ids, tokenizer):
 
 
 def places(parts):
-    """Position and pitch that (kind, value) parts begin with, and the least that may follow: None where they bring none."""
+    """The first position and pitch of (kind, value) parts, and the least that may come after them.
+
+    None for those that they don't bring: a pitch may come after other notes of a chord, say.
+    """
     first, least = [None, None], [None, None]
     for kind, value in parts:
         if kind in MOVES:
@@ -327,10 +340,12 @@ def places(parts):
 
 
 def build_grammar(tokenizer, pitch_classes=range(12)):
-    """The grammar of all tokens; of those with notes, only those with nothing but these pitch classes."""
+    """The grammar of this tokenizer's tokens, without notes of other pitch classes."""
     special = {name.split("_")[0] for name in tokenizer.special_tokens}
-    graph = {kind: after - special - {"PitchDrum"} for kind, after in tokenizer.tokens_types_graph.items()}
-    graph |= dict.fromkeys(special, {"Bar"} if "Bar" in graph else graph["TimeShift"] - MOVES)  # how music begins
+    graph = tokenizer.tokens_types_graph
+    graph = {kind: after - special - {"PitchDrum"} for kind, after in graph.items()}
+    music_begins = {"Bar"} if "Bar" in graph else graph["TimeShift"] - MOVES
+    graph |= dict.fromkeys(special, music_begins)
     kinds = sorted(graph)
     follows_KV = np.zeros((len(kinds), len(tokenizer)), bool)
     kind_V = np.full(len(tokenizer), kinds.index("PAD"))
@@ -341,12 +356,14 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
         first.append(token_first)
         least.append(token_least)
         if parts:  # BPE has one token of nothing
-            in_scale = all(int(value) % 12 in pitch_classes for kind, value in parts if kind == "Pitch")
-            follows_KV[:, token] = [in_scale and parts[0][0] in graph[kind] for kind in kinds]
+            pitches = {int(value) % 12 for kind, value in parts if kind == "Pitch"}
+            if pitches <= set(pitch_classes):
+                follows_KV[:, token] = [parts[0][0] in graph[kind] for kind in kinds]
             kind_V[token] = kinds.index(parts[-1][0])
     # a piece may end where time may move on, but not where it has just done so
+    may_end = {kind for kind in kinds if graph[kind] & MOVES} - MOVES - special
     eos = tokenizer["EOS_None"]
-    follows_KV[:, eos] = [bool(graph[kind] & MOVES) and kind not in MOVES | special for kind in kinds]
+    follows_KV[:, eos] = [kind in may_end for kind in kinds]
     grammar = Grammar(follows_KV, *with_mask(first), kind_V, *with_mask(least), eos)
     assert_no_dead_end(grammar, kinds)
     return jax.tree.map(jnp.array, grammar)
@@ -360,13 +377,14 @@ def with_mask(rows):
 
 def assert_no_dead_end(grammar, kinds):
     """Something may follow every state: where nothing may, tokens would be drawn at random."""
-    highest_K2 = np.zeros((len(kinds), 2), int)  # the least position and pitch that may follow, at their highest
+    highest_K2 = np.zeros((len(kinds), 2), int)  # of all `least` that a state of this kind may have
     reached_K = np.array(kinds) == "BOS"
     for _ in kinds:
         for kind in np.flatnonzero(reached_K):
             tokens = np.flatnonzero(grammar.follows_KV[kind])
-            after_N2 = np.where(grammar.sets_least_V2[tokens], grammar.least_V2[tokens], highest_K2[kind])
-            np.maximum.at(highest_K2, grammar.kind_V[tokens], after_N2)
+            sets_N2, least_N2 = grammar.sets_least_V2[tokens], grammar.least_V2[tokens]
+            least_N2 = np.where(sets_N2, least_N2, highest_K2[kind])
+            np.maximum.at(highest_K2, grammar.kind_V[tokens], least_N2)
             reached_K[grammar.kind_V[tokens]] = True
     for kind in np.flatnonzero(reached_K & (np.array(kinds) != "EOS")):
         state = State(np.array([kind]), highest_K2[[kind]])
@@ -376,14 +394,16 @@ def assert_no_dead_end(grammar, kinds):
 # ---- prompts: files and texts --------------------------------------------------------------------
 
 CHORDS = {  # how people write a chord: miditok's name for it
-    "": "maj", "maj": "maj", "m": "min", "min": "min", "dim": "dim", "aug": "aug", "sus2": "sus2", "sus4": "sus4",
-    "7": "7dom", "m7": "7min", "maj7": "7maj", "m7b5": "7halfdim", "dim7": "7dim", "augmaj7": "7aug", "9": "9maj",
-    "7b9": "9min",
+    "": "maj", "maj": "maj", "m": "min", "min": "min", "dim": "dim", "aug": "aug", "sus2": "sus2",
+    "sus4": "sus4", "7": "7dom", "m7": "7min", "maj7": "7maj", "m7b5": "7halfdim", "dim7": "7dim",
+    "augmaj7": "7aug", "9": "9maj", "7b9": "9min",
 }  # fmt: skip
 SCALES = {
-    "major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "harmonic": (0, 2, 3, 5, 7, 8, 11),
-    "dorian": (0, 2, 3, 5, 7, 9, 10), "pentatonic": (0, 2, 4, 7, 9), "blues": (0, 3, 5, 6, 7, 10),
+    "major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10),
+    "harmonic": (0, 2, 3, 5, 7, 8, 11), "dorian": (0, 2, 3, 5, 7, 9, 10),
+    "pentatonic": (0, 2, 4, 7, 9), "blues": (0, 3, 5, 6, 7, 10),
 }  # fmt: skip
+
 
 class Prompt(NamedTuple):
     """What all pieces begin with."""
@@ -440,7 +460,7 @@ def parse_pitch(name):
         pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter.upper())
         pitch += {"#": 1, "b": -1, "": 0}[accidental]
     if not match or not 21 <= pitch <= 108:
-        raise Refused(f"{name!r} is no note from A0 to C8; write C4, F#5, Bb3 or [C4,E4], without spaces")
+        raise Refused(f"{name!r} is no note from A0 to C8; write C4, F#5, Bb3 or [C4,E4]")
     return pitch
 
 
@@ -461,24 +481,24 @@ def parse_scale(text):
     """ "D minor" -> [62, 64, 65, ...]: one octave, from the D above middle C"""
     root, _, kind = " ".join(text.lower().split()).partition(" ")
     if kind not in SCALES or not re.fullmatch("[a-g][#b]?", root):
-        raise Refused(f"{text!r} is no scale; write, for example, D minor; kinds: {' '.join(SCALES)}")
+        raise Refused(f"{text!r} is no scale such as D minor; kinds: {' '.join(SCALES)}")
     return [parse_pitch(root) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
 
 def read_words(text, parse, usual, bpm):
-    """ "Dm7 C:4" -> [([50, 53, 57, 60], 2.0), ([48, 52, 55], 4.0)]: pitches and beats of each word"""
+    """ "Dm C:4" -> [([50, 53, 57], 2.0), ([48, 52, 55], 4.0)]: pitches and beats of each word"""
     words = []
     for word in text.split():
         name, _, length = word.partition(":")
         beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
         if not 0.01 <= beats <= bpm / 7.5:  # tokens hold 16 beats at 120 bpm
-            raise Refused(f"{word!r}: at --bpm {bpm:g} a length is from 0.01 to {bpm / 7.5:.3g} beats")
+            raise Refused(f"{word!r}: at --bpm {bpm:g}, 0.01 to {bpm / 7.5:.3g} beats are possible")
         words.append((parse(name), beats))
     return words
 
 
 def text_to_score(args):
-    """--chords, --motif and --scale, together -> a Score, and in which tick they end, with their last rests."""
+    """--chords, --motif and --scale, together, as a Score, and where it ends, rests included."""
     score, track, end = Score(480), Track(), 0
     score.tempos.append(Tempo(0, args.bpm))
     voices = [
@@ -489,7 +509,8 @@ def text_to_score(args):
     for voice in voices:
         now = 0
         for pitches, beats in voice:
-            track.notes.extend([Note(round(480 * now), round(480 * beats), pitch, 72) for pitch in pitches])
+            for pitch in pitches:
+                track.notes.append(Note(round(480 * now), round(480 * beats), pitch, 72))
             now += beats
         end = max(end, round(480 * now))
     if not track.notes:
@@ -499,9 +520,9 @@ def text_to_score(args):
 
 
 def encode_text(score, end, tokenizer):
-    """A Score that ends in that tick -> ids, the base tokens that then move time on to its end, and its seconds.
+    """A Score and its end in ticks -> ids, the base tokens that then move on to its end, seconds.
 
-    Encoded as it is, it would begin with its first note and end with its last. So a key that it does not use is
+    Encoded as it is, it would begin with its first note and end with its last. So an unused key is
     struck at either end, which shows how tokens count that time, and is taken out again.
     """
     unused = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
@@ -513,22 +534,23 @@ def encode_text(score, end, tokenizer):
     track.notes = kept
     ids = midi_tokenize.encode(score, tokenizer)
     track.notes = [*kept, end_mark]
-    with_mark = spell(midi_tokenize.encode(score, tokenizer), tokenizer)[len(spell(ids, tokenizer)) :]
-    kinds = [name.split("_")[0] for name in with_mark]
-    return ids, with_mark[: kinds.index("Pitch")], seconds
+    marked = midi_tokenize.encode(score, tokenizer)
+    after = spell(marked, tokenizer)[len(spell(ids, tokenizer)) :]
+    kinds = [name.split("_")[0] for name in after]
+    return ids, after[: kinds.index("Pitch")], seconds
 
 
 def go_on_after(ids, moves, tokenizer, grammar):
-    """Add to ids the base tokens `moves`, but for the last ones, which the next token is to begin with.
+    """Add the base tokens `moves` to ids, and tell with which tokens new music may begin then.
 
-    So new music may go on with a token in which BPE has joined a move with a note, as in the training data.
-    Returns the ids, and which tokens may come next.
+    The last of them are left to the first new token. It may be one in which BPE has joined them
+    with a note, as in the training data, where they seldom stand alone.
     """
     names = base_tokens(tokenizer)
     for count in range(len(moves)):
         begun, missing = ids + [tokenizer[name] for name in moves[:count]], moves[count:]
-        allowed_V = np.array(grammar.allows(grammar.after(begun))[0])
-        first_V = allowed_V & [parts[: len(missing)] == missing for parts in names]
+        first_V = np.array([parts[: len(missing)] == missing for parts in names])
+        first_V &= np.array(grammar.allows(grammar.after(begun))[0])
         if first_V.any():
             return begun, first_V
     return ids, True
@@ -538,11 +560,12 @@ def go_on_after(ids, moves, tokenizer, grammar):
 
 
 def to_score(ids, tokenizer):
-    """Ids -> Score in which every note ends before its key is struck again; Refused where there are no notes."""
+    """Ids -> Score whose notes end before their key is struck again; Refused if there are none."""
     decoded = pedal_to_controls(tokenizer.decode([ids]))
-    score = midi_tokenize.prepare(decoded, tokenizer)  # it may begin with its first note: put back what was before
-    rest = decoded.tracks[0].notes.numpy()["time"].min() - score.tracks[0].notes[0].time
-    score.tracks[0].shift_time(int(rest), inplace=True)
+    score = midi_tokenize.prepare(decoded, tokenizer)
+    begin = decoded.tracks[0].notes.numpy()["time"].min()
+    # prepare may let a piece begin at once: put back the rest before its first note
+    score.tracks[0].shift_time(int(begin) - score.tracks[0].notes[0].time, inplace=True)
     return score
 
 
@@ -550,7 +573,8 @@ def pedal_to_controls(score):
     """Pedal as control changes, the only form in which MIDI files have it."""
     for track in score.tracks:
         for pedal in track.pedals:
-            track.controls.extend([ControlChange(pedal.time, 64, 127), ControlChange(pedal.end, 64, 0)])
+            track.controls.append(ControlChange(pedal.time, 64, 127))
+            track.controls.append(ControlChange(pedal.end, 64, 0))
     return score
 
 
@@ -579,14 +603,16 @@ def notes_of(score):
 
 
 class Piece(NamedTuple):
-    """A piece that was drawn; the best ones are written."""
+    """A piece that was drawn. The best ones get a title and figures, and are written."""
 
     draw: Draw
     score: Score
     notes: dict
     given: int  # how many of its first notes are the prompt's
-    cut: bool  # at --max_tokens
+    cut: bool  # by --max_tokens
     verdict: "Verdict"
+    title: str = ""
+    figures: tuple = ()
 
     @property
     def name(self):
@@ -594,12 +620,15 @@ class Piece(NamedTuple):
 
 
 def finish(draw, ids, prompt, seconds, tokenizer):
-    """What was drawn -> a Piece, without notes after its time is up, or in a last bar that --max_tokens broke off."""
+    """What was drawn, as a Piece: without notes that begin after so many seconds of new music.
+
+    If it was cut, its last bar may be half a bar, and goes.
+    """
     score = to_score(ids, tokenizer)
     onsets = notes_of(score)["time"]
     count = np.searchsorted(onsets, prompt.seconds + seconds)
-    in_time, ended = count == len(onsets), ids[-1] == tokenizer["EOS_None"]
-    if in_time and not ended:
+    in_time, has_end = count == len(onsets), ids[-1] == tokenizer["EOS_None"]
+    if in_time and not has_end:
         ticks = score.tracks[0].notes.numpy()["time"]
         last_bar = max(line for line in get_bars_ticks(score) if line <= ticks[-1])
         whole = np.searchsorted(ticks, last_bar)
@@ -608,7 +637,8 @@ def finish(draw, ids, prompt, seconds, tokenizer):
         raise Refused("no new note")
     score = first_notes(score, count)
     notes = notes_of(score)
-    return Piece(draw, score, notes, prompt.notes, in_time and not ended, judge(notes, prompt.notes, in_time and ended))
+    verdict = judge(notes, prompt.notes, in_time and has_end)
+    return Piece(draw, score, notes, prompt.notes, in_time and not has_end, verdict)
 
 
 def bar_seconds(score):
@@ -619,26 +649,26 @@ def bar_seconds(score):
     return 60 * beats / score.tempos[0].qpm
 
 
-def write(folder, pieces, titles, figures):
+def write(folder, pieces):
     """A .mid file for each Piece, and the page with all of them: their paths."""
     entries, paths = [], [folder / "index.html"]
-    for piece, title, table in zip(pieces, titles, figures):
+    for piece in pieces:
         midi = pedal_to_controls(piece.score).dumps_midi()
         paths.append(folder / f"{piece.name}.mid")
         with atomic_write(paths[-1]) as file:
             file.write(midi)
-        entries.append({
-            "title": title, "name": piece.name, "detail": f"seed {piece.draw.seed}, temperature {piece.draw.temperature}",
-            "given": piece.given, "bar": bar_seconds(piece.score), "cut": piece.cut, "figures": table,
-            "notes": np.stack([*piece.notes.values()], axis=1).astype(float).round(3).tolist(),
-            "midi": base64.b64encode(midi).decode(),
-        })  # fmt: skip
+        rows = np.stack([*piece.notes.values()], axis=1).astype(float).round(3)
+        entry = {"title": piece.title, "name": piece.name, "given": piece.given, "cut": piece.cut}
+        entry["detail"] = f"seed {piece.draw.seed}, temperature {piece.draw.temperature}"
+        entry |= {"bar": bar_seconds(piece.score), "notes": rows.tolist(), "figures": piece.figures}
+        entry["midi"] = base64.b64encode(midi).decode()
+        entries.append(entry)
     write_page(paths[0], entries)
     return paths
 
 
 def write_page(path, entries):
-    """The page with all pieces on it, each of them a dict as in `write`."""
+    """The page with all pieces on it, each a dict as in `write`, with rows of notes."""
     data = json.dumps(entries).replace("<", "\\u003c")  # nothing in it can end the script
     with atomic_write(path) as file:
         file.write(PAGE.replace("PIECES", data, 1).encode())
@@ -646,7 +676,7 @@ def write_page(path, entries):
 
 # ---- choosing the best ---------------------------------------------------------------------------
 
-# How often each step above the tonic is heard in a key (Temperley 2001), and the notes of its scale.
+# How often each step above the tonic is heard in a key (Temperley 2001), and those of its scale.
 KEYS = {
     "major": ((5, 2, 3.5, 2, 4.5, 4, 2, 4.5, 2, 3.5, 1.5, 4), (0, 2, 4, 5, 7, 9, 11)),
     "minor": ((5, 2, 3.5, 4.5, 2, 4, 2, 4.5, 3.5, 2, 1.5, 4), (0, 2, 3, 5, 7, 8, 10, 11)),
@@ -665,23 +695,24 @@ class Verdict(NamedTuple):
 
 
 def judge(notes, given, ended):
-    """Which of several pieces to keep? The one with most points. There is a point each if a piece
+    """Which of several pieces to keep? The one with most points. It gets
 
-    - came to an end by itself,
-    - and did so on a long chord on the tonic of the key that it began in,
-    - nowhere repeats a figure for over 8 s or strikes a key 32 times running (pianists do so in trills at the most),
-    - nowhere is silent for 2 s,
-
-    and half a point less for each tenth of its new notes (all but the first `given`) that are not in that key.
+    - one if it came to an end by itself,
+    - two more if that is a long chord on the tonic of the key that it began in,
+    - one if its new notes (all but the first `given`) go on for 30 s,
+    - one if it never repeats a figure for over 8 s, or strikes a key over 32 times running,
+    - one if it is never silent for 2 s,
+    - half a one for each tenth of its new notes that are in that key.
     """
     onset, end, pitch = notes["time"], notes["time"] + notes["duration"], notes["pitch"]
     tonic, mode = find_key({name: column[onset < onset[0] + 30] for name, column in notes.items()})
     in_key = np.isin((pitch[given:] - tonic) % 12, KEYS[mode][1]).mean()
     bass = pitch[end > onset[-1]].min()  # of all that sounds with the last note
     home = bool(ended and bass % 12 == tonic and end.max() - onset[-1] >= 1)
+    lasts = onset[-1] - onset[given] >= 30
     loop, strikes = longest_loop(notes), most_strikes(notes)
     silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
-    points = ended + home + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key
+    points = ended + 2 * home + lasts + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key
 
     words = ["ends by itself" + ", on a long chord on the tonic" * home if ended else "was cut"]
     if loop > 8:
@@ -694,7 +725,7 @@ def judge(notes, given, ended):
 
 
 def find_key(notes):
-    """The tonic (0 is C) and mode whose profile is most like how long each of the twelve sounds."""
+    """The tonic (0 is C) and mode whose profile is most like how long each pitch class sounds."""
     heard = np.bincount(notes["pitch"] % 12, notes["duration"], minlength=12)
     fits = {}
     for mode, (profile, _) in KEYS.items():
@@ -704,7 +735,7 @@ def find_key(notes):
 
 
 def longest_loop(notes):
-    """Seconds of the longest passage in which a figure of up to 64 notes comes at least three times running."""
+    """Seconds of the longest passage that plays a figure of 1 to 64 notes three times or more."""
     pitch, onset, longest = notes["pitch"], notes["time"], 0.0
     for length in range(1, min(64, len(pitch) // 3) + 1):
         begins, ends = runs(pitch[length:] == pitch[:-length])
@@ -717,7 +748,8 @@ def longest_loop(notes):
 def most_strikes(notes):
     """How many times running a key is struck, at the most, never 0.4 s apart."""
     order = np.lexsort((notes["time"], notes["pitch"]))
-    begins, ends = runs((np.diff(notes["pitch"][order]) == 0) & (np.diff(notes["time"][order]) < 0.4))
+    same_key, near = np.diff(notes["pitch"][order]) == 0, np.diff(notes["time"][order]) < 0.4
+    begins, ends = runs(same_key & near)
     return (ends - begins).max(initial=0) + 1
 
 
@@ -733,19 +765,20 @@ def intervals(pitches):
 
 
 def read_intervals(folder, tokenizer, tokenizer_sha256):
-    """The intervals of all training music, where copies may come from; None without it."""
-    if not (folder / "meta.json").exists():
-        print(f"{folder}: no training data to look for copies in; name its folder with --data")
+    """The intervals of all training music, to look for copies in; None if it is not at hand."""
+    meta = folder / "meta.json"
+    facts = json.loads(meta.read_text()) if meta.exists() else {}
+    if facts.get("tokenizer_sha256") != tokenizer_sha256:
+        print(f"{folder}: not the training data, so no look for copies; name it with --data")
         return None
-    facts = json.loads((folder / "meta.json").read_text())
-    if facts["tokenizer_sha256"] != tokenizer_sha256:
-        print(f"{folder}: made with another tokenizer, so nothing to look for copies in; name another with --data")
-        return None
-    pitches_V = [bytes(int(name[6:]) for name in names if name.startswith("Pitch_")) for names in base_tokens(tokenizer)]
-    pitches_V[tokenizer["BOS_None"]] = b"\xff"  # no pitch: here another piece begins
+    pitches_V = []
+    for names in base_tokens(tokenizer):
+        pitches_V.append(bytes(int(name[6:]) for name in names if name.startswith("Pitch_")))
+    pitches_V[tokenizer["BOS_None"]] = b"\xff"  # no pitch: another piece begins
     train = np.memmap(folder / "train.bin", facts["dtype"], "r")
     pieces = b"".join(pitches_V[token] for token in train.tolist()).split(b"\xff")
-    return b"\x7f".join(intervals(np.frombuffer(piece, np.int8)) for piece in pieces)  # 127 is no interval
+    steps = [intervals(np.frombuffer(piece, np.int8)) for piece in pieces]
+    return b"\x7f".join(steps)  # 127 is no interval
 
 
 def longest_copy(pitches, known):
@@ -758,7 +791,7 @@ def longest_copy(pitches, known):
 
 
 def choose(pieces, known):
-    """The Piece with most points of those that copy no more than half, and the length of its copy (None: unknown)."""
+    """The Piece with most points that copies at most half, and its longest copy (None: unknown)."""
     pieces = sorted(pieces, key=lambda piece: -piece.verdict.points)
     if known is None:
         return pieces[0], None
@@ -775,30 +808,36 @@ def choose(pieces, known):
 
 
 def check_flags(parser, args):
-    """Refuse what would pass in silence and give other music than was asked for."""
-    limits = {"temperatures": (0, 100), "top_k": (0, 10**6), "top_p": (1e-6, 1), "min_p": (0, 1), "bpm": (10, 500)}
-    limits |= dict.fromkeys(("best_of", "num_samples", "max_tokens", "prompt_tokens", "prompt_bars"), (1, 10**6))
+    """Refuse what would be passed over, or give other music than was asked for."""
+    counts = "best_of", "num_samples", "max_tokens", "prompt_tokens", "prompt_bars"
+    limits = dict.fromkeys(counts, (1, 10**6)) | {"top_k": (0, 10**6), "min_p": (0, 1)}
     limits |= dict.fromkeys(("seconds", "prompt_seconds"), (0.01, 10**6))
+    limits |= {"temperatures": (0, 100), "top_p": (1e-6, 1), "bpm": (10, 500)}
     for name, (low, high) in limits.items():
         for value in np.atleast_1d(getattr(args, name)):
             if value is not None and not low <= value <= high:
                 parser.error(f"--{name} {value}: must be from {low} to {high}")
-    text = args.chords is not None or args.scale is not None or args.motif is not None
+    texts = [args.chords, args.scale, args.motif]
+    has_text = any(text is not None for text in texts)
     if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
-        parser.error("--prompt_tokens, --prompt_seconds and --prompt_bars cut a file: add --prompt FILE.mid")
-    if args.prompt and text:
-        parser.error("--prompt begins with a file; --chords, --scale and --motif begin with text: choose one")
-    if args.bpm != parser.get_default("bpm") and not text:
-        parser.error(f"--bpm {args.bpm:g} is the speed of --chords, --scale and --motif: add one of them")
+        parser.error("--prompt_tokens, --prompt_seconds, --prompt_bars: of what --prompt?")
+    if args.prompt and has_text:
+        parser.error("--prompt is a file, --chords, --scale and --motif are text: choose one")
+    if args.bpm != parser.get_default("bpm") and not has_text:
+        parser.error(f"--bpm {args.bpm:g}: is the speed of --chords, --scale or --motif; add one")
 
 
 def load_run(folder):
     """The model, on this device, its tokenizer, and what the checkpoint says of itself."""
-    paths = [folder / "best.ckpt", folder / "last.ckpt"]  # a run that was cut short may only have the latter
+    paths = [folder / "best.ckpt", folder / "last.ckpt"]  # at first a run only has the latter
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise Refused(f"--run {folder}: no folder with a checkpoint; make one: python train.py")
-    trees, facts = load(path, lambda facts: {"model": Decoder(Config(**facts["config"]), jax.random.key(0))})
+
+    def like(facts):
+        return {"model": Decoder(Config(**facts["config"]), jax.random.key(0))}
+
+    trees, facts = load(path, like)
     model, tokenizer = trees["model"], midi_tokenize.load_tokenizer(folder / "tokenizer.json")
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     if facts.get("tokenizer_sha256") != digest or len(tokenizer) != model.cfg.vocab_size:
@@ -810,7 +849,8 @@ def load_run(folder):
     precision = facts.get("flags", {}).get("precision", "float32")
     if jax.default_backend() == "cpu":
         precision = "float32"  # which is fastest there
-    return jax.tree.map(lambda leaf: jnp.array(leaf, precision), model), tokenizer, facts
+    model = jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
+    return model, tokenizer, facts
 
 
 def make_folder(args):
@@ -821,74 +861,77 @@ def make_folder(args):
     except OSError as error:
         raise Refused(f"--out {args.out}: {error.strerror}") from error
     if args.prompt and args.prompt.resolve().parent == args.out.resolve():
-        raise Refused(f"--prompt {args.prompt}: lies in --out, whose files are replaced; name another --out")
+        raise Refused(f"--prompt {args.prompt}: lies in --out, whose files are replaced")
 
 
 def compose(args, model, tokenizer, grammar, prompt):
-    """All that the flags ask for: lists of Pieces to choose from, by seed and temperature, and the tokens per second."""
-    seeds = range(args.num_samples) if args.num_samples else args.seeds
-    draws = []
-    for seed in dict.fromkeys(seeds):
+    """For each seed and temperature, the Pieces to choose from, by name; and tokens per second."""
+    draws, seconds = [], args.seconds or math.inf
+    for seed in dict.fromkeys(range(args.num_samples) if args.num_samples else args.seeds):
         for temperature in dict.fromkeys(args.temperatures):
             count = args.best_of if temperature > 0 else 1  # greedy, all would be the same
             draws += [Draw(seed, temperature, candidate) for candidate in range(count)]
-    seconds = args.seconds or math.inf
 
     def is_enough(ids):
         score = tokenizer.decode([ids]).to("second")
         return score.clip(prompt.seconds + seconds, math.inf).note_num() > 0
 
     settings = Settings(*(getattr(args, name) for name in Settings._fields))
-    all_ids, tokens_per_second = generate(
-        model, grammar, prompt, draws, settings, is_enough if args.seconds else None
-    )
+    stop = is_enough if args.seconds else None
+    drawn, tokens_per_second = generate(model, grammar, prompt, draws, settings, stop)
     choices = {}
-    for draw, ids in zip(draws, all_ids):
+    for draw, ids in zip(draws, drawn):
         try:
             piece = finish(draw, ids, prompt, seconds, tokenizer)
-            choices.setdefault(piece.name, []).append(piece)
         except (Refused, midi_tokenize.Refused) as error:
-            print(f"seed {draw.seed}, temperature {draw.temperature}, draw {draw.candidate + 1}: left out: {error}")
-    return list(choices.values()), tokens_per_second
+            print(f"seed {draw.seed}, draw {draw.candidate + 1}: left out: {error}")
+        else:
+            choices.setdefault(piece.name, []).append(piece)
+    return choices, tokens_per_second
+
+
+def present(pieces, known, title, only_generated):
+    """Of these Pieces the best, with what a listener may ask about it."""
+    piece, copied = choose(pieces, known)
+    verdict, count = piece.verdict, len(piece.notes["time"]) - piece.given
+    figures = [("chosen", f"best of {len(pieces)}: {verdict.words}")]
+    figures.append(("key", f"{verdict.key}, with {verdict.in_key:.0%} of its notes"))
+    if copied is not None:
+        words = f"{copied} of {count} notes also stand in the training music"
+        figures.append(("longest copy", words))
+    if only_generated:
+        score = notes_after(piece.score, piece.given)
+        piece = piece._replace(score=score, notes=notes_of(score), given=0)
+    return piece._replace(title=title, figures=tuple(figures))
 
 
 def main(args):
     model, tokenizer, facts = load_run(args.run)
-    if args.window_drop and model.cfg.rotary:
-        raise Refused(f"--window_drop {args.window_drop}: a model with rotary positions drops 1; leave it out")
-    if args.window_drop and not 0 < args.window_drop < model.cfg.context:
-        raise Refused(f"--window_drop {args.window_drop}: must be from 1 to {model.cfg.context - 1}, below the context")
-    allowed = parse_scale(args.scale_lock) if args.scale_lock is not None else range(12)
-    grammar = build_grammar(tokenizer, {pitch % 12 for pitch in allowed})
+    if args.window_drop is not None and model.cfg.rotary:
+        raise Refused(f"--window_drop {args.window_drop}: with rotary positions it is always 1")
+    if args.window_drop is not None and not 0 < args.window_drop < model.cfg.context:
+        limit = model.cfg.context - 1  # something has to be left
+        raise Refused(f"--window_drop {args.window_drop}: must be from 1 to {limit}")
+    scale = parse_scale(args.scale_lock) if args.scale_lock is not None else range(12)
+    grammar = build_grammar(tokenizer, {pitch % 12 for pitch in scale})
     prompt = read_prompt(args, tokenizer, grammar)
     make_folder(args)
 
     choices, tokens_per_second = compose(args, model, tokenizer, grammar, prompt)
     if not choices:
-        raise Refused("nothing was composed; try other --seeds, more --max_tokens or more --seconds")
-    folder = args.data or Path(facts.get("data", "data"))
-    known = read_intervals(folder, tokenizer, facts["tokenizer_sha256"])
-    pieces, titles, figures = [], [], []
-    for number, candidates in enumerate(choices, start=1):
-        piece, copied = choose(candidates, known)
-        reason, verdict = f"best of {len(candidates)}: {piece.verdict.words}", piece.verdict
-        count = len(piece.notes["time"]) - piece.given
-        table = [["chosen", reason], ["key", f"{verdict.key}, with {verdict.in_key:.0%} of the notes"]]
-        if copied is not None:
-            table.append(["longest copy", f"{copied} of {count} notes are somewhere in the training music"])
-        if args.only_generated:
-            score = notes_after(piece.score, piece.given)
-            piece = piece._replace(score=score, notes=notes_of(score), given=0)
-        pieces.append(piece)
-        titles.append(prompt.title or f"Piece {number}")
-        figures.append(table)
-
+        raise Refused("nothing was composed; try other --seeds or more --max_tokens")
+    data = args.data or Path(facts.get("data", "data"))
+    known = read_intervals(data, tokenizer, facts["tokenizer_sha256"])
+    pieces = []
+    for number, candidates in enumerate(choices.values(), start=1):
+        title = prompt.title or f"Piece {number}"
+        pieces.append(present(candidates, known, title, args.only_generated))
     try:
-        paths = write(args.out, pieces, titles, figures)
+        paths = write(args.out, pieces)
     except OSError as error:
         raise Refused(f"--out {args.out}: not all was written ({error.strerror})") from error
-    for piece, table in zip(pieces, figures):
-        print(f"{piece.name}: " + "; ".join(": ".join(row) for row in table))
+    for piece in pieces:
+        print(f"{piece.name}: " + "; ".join(f"{name}: {text}" for name, text in piece.figures))
     print(f"tokens_per_second={tokens_per_second:.1f}", *paths, sep="\n")
 
 
@@ -901,79 +944,78 @@ PAGE = r"""<!doctype html>
 <title>TchAIkovsky</title>
 <style>
   :root { color-scheme: light dark; background: color-mix(in oklab, Canvas, #e0457b 4%) }
-  body { max-width: 1400px; margin: auto; padding: 0 16px; color: #888; font: 13px/1.5 system-ui, sans-serif }
-  header { position: sticky; top: 0; padding: 12px 0; background: inherit }
-  nav, section { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 16px }
-  nav { padding-bottom: 10px }
-  section { padding: 10px 0; border-top: 1px solid #8883 }
+  body { max-width: 1400px; margin: auto; padding: 0 16px; color: #888; background: inherit;
+    font: 13px/1.5 system-ui, sans-serif }
+  header { position: sticky; top: 0; padding-bottom: 12px; background: inherit }
+  nav, section { display: flex; align-items: center; gap: 6px 14px; padding: 10px 0 }
+  section { flex-wrap: wrap; border-top: 1px solid #8883 }
   b { display: block; color: CanvasText; font: 17px/1.4 Georgia, serif }
-  .current b, a { color: #e0457b; text-decoration: none }
-  button { padding: 0; border: 0; background: none; color: inherit; font: inherit; text-align: left }
-  canvas { width: 100%; border-radius: 8px; background: linear-gradient(#e0457b33 0 0) 0 / 0 no-repeat #8881 }
+  button { padding: 0; border: 0; background: none; color: #888; font: inherit; text-align: left }
+  .current b, a, div button { color: #e0457b; text-decoration: none }
+  canvas { width: 100%; border-radius: 8px; background: linear-gradient(#e0457b44 0 0) 0 / 0 no-repeat #8881 }
   #play { width: 46px; border-radius: 50%; background: #e0457b; fill: Canvas; line-height: 0 }
   #roll { height: min(44vh, 25vw + 120px) }
-  #volume { width: 15%; max-width: 100px; accent-color: #e0457b }
-  .title { flex: 1 1 200px } .strip { flex: 6 1 500px; height: 52px }
+  input { width: 15%; max-width: 100px; accent-color: #e0457b }
+  .title { flex: 1 1 180px } .strip { flex: 6 1 500px; height: 52px }
+  time { white-space: nowrap }
   details { width: 100%; white-space: pre-line }
 </style>
 <header><nav><button id="play" title="play, pause"><svg viewBox="0 0 46 46"><path/></svg></button>
-  <div class="title" id="now"></div><time></time>
-  <input id="volume" type="range" max="1" step="0.01" value="0.8" title="volume"></nav>
+  <div class="title" id="heading"></div><time></time>
+  <input type="range" max="1" step="0.01" value="0.8" title="volume"></nav>
   <canvas id="roll"></canvas></header>
 <main></main>
 <p>Space plays and pauses, ← and → go five seconds, ↑ and ↓ to another piece; a click plays from there.
   Grey notes are the prompt; the redder a note, the louder.</p>
 <script>
-const RATE = 44100;                                // samples a second
-const find = selector => document.querySelector(selector), roll = find("#roll"), slider = find("#volume");
+const RATE = 44100;  // samples a second
+const find = selector => document.querySelector(selector);
+const roll = find("#roll"), slider = find("input");
+const clock = seconds => new Date(1000 * seconds).toISOString().slice(14, 19);
 const pieces = PIECES.map(addPiece);
-let current = pieces[0], position = current.begin; // where it stands while nothing plays, in seconds
-let audio, volume, playing;                        // playing: what perform() gave, while it sounds
+let current, position;  // where it stands while nothing plays, in seconds
+let audio, volume, playing;  // playing: what perform() gave, while it sounds
 
 // ---------------------------------------------------------------- a piano, for any audio context
 
-const strings = {};                                // each is computed once; its two neighbours borrow its sound
+const strings = {};  // by pitch: every third is computed; its neighbours borrow it
 for (let pitch = 21; pitch <= 108; pitch += 3) setTimeout(stringOf, 0, pitch);
 
 function stringOf(pitch) {
   if (strings[pitch]) return strings[pitch];
-  const frequency = hertz(pitch), ring = 3.2 * 2 ** ((60 - pitch) / 22);  // seconds until a third is left
-  const length = Math.round(RATE * Math.min(9, 3 * ring)), sound = new Float32Array(length);
+  const frequency = 440 * 2 ** ((pitch - 69) / 12), ring = 3.2 * 2 ** ((60 - pitch) / 22);
+  const sound = new Float32Array(RATE * Math.min(6, 3 * ring)), {length} = sound;
   for (let k = 1; k <= 20 && k * frequency < 10_000; k++) {
-    const partial = k * frequency * Math.sqrt(1 + 1e-6 * frequency * k ** 2);  // steel is stiff: a little sharp
+    const partial = k * frequency * Math.sqrt(1 + 1e-6 * frequency * k ** 2);  // stiff, so a little sharp
     const loud = Math.abs(Math.sin(k / 2.45)) / k * Math.exp(-partial / 4000) * partial / (partial + 90);
     const fade = (1 + 0.15 * k + partial / 5000) / ring;
     addSine(sound, 0.7 * loud, partial, 4 * fade, k ** 2);
-    addSine(sound, 0.3 * loud, partial * 1.0004, fade, 2 * k ** 2);            // a second string sings on
+    addSine(sound, 0.3 * loud, partial * 1.0004, fade, 2 * k ** 2);  // a second string sings on
   }
-  const ending = sound.map((value, n) => value * Math.min(1, (length - n) / RATE));
   strings[pitch] = new AudioBuffer({length, sampleRate: RATE});
-  strings[pitch].copyToChannel(ending, 0);
+  strings[pitch].copyToChannel(sound.map((value, n) => value * Math.min(1, (length - n) / RATE)), 0);
   return strings[pitch];
 }
 
-function addSine(sound, loud, frequency, fade, phase) {  // one that dies away, each sample from the two before
+function addSine(sound, loud, frequency, fade, phase) {  // a fading one, each sample from the two before
   const turn = 2 * Math.PI * frequency / RATE, keep = Math.exp(-fade / RATE);
+  const last = 2 * keep * Math.cos(turn), second = -keep * keep;
   let before = loud * Math.sin(phase - turn) / keep, now = loud * Math.sin(phase);
   for (let n = 0; n < sound.length; n++) {
     sound[n] += now;
-    [before, now] = [now, 2 * keep * Math.cos(turn) * now - keep * keep * before];
+    [before, now] = [now, last * now + second * before];
   }
 }
 
-function hertz(pitch) {
-  return 440 * 2 ** ((pitch - 69) / 12);
-}
-
 const hall = new AudioBuffer({numberOfChannels: 2, length: 2 * RATE, sampleRate: RATE});  // its echo: fading noise
-for (const side of [0, 1]) {
-  const echo = hall.getChannelData(side);
+for (const echo of [hall.getChannelData(0), hall.getChannelData(1)]) {
   echo.forEach((_, n) => echo[n] = (Math.random() - 0.5) * Math.exp(-3.5 * n / RATE));
 }
-const soft = x => x / (1 + x ** 4) ** 0.25;        // leaves quiet sound alone and never exceeds 1
+
+const soft = x => x / (1 + x ** 4) ** 0.25;  // leaves quiet sound alone and never exceeds 1
 const curve = Float32Array.from({length: 4001}, (_, n) => soft(n / 1000 - 2));
 
-function perform(piece, context, from, begin) {    // its second `from` sounds at the context's time `begin`
+function perform(piece, context, from, begin) {  // its second `from` sounds at the context's time `begin`
   const board = new GainNode(context, {gain: piece.gain}), out = new WaveShaperNode(context, {curve});
   const dark = new BiquadFilterNode(context, {frequency: 2500}), wet = new GainNode(context, {gain: 0.35});
   board.connect(out);
@@ -984,19 +1026,18 @@ function perform(piece, context, from, begin) {    // its second `from` sounds a
   function strike([start, length, pitch, velocity]) {
     const due = begin + start - from, at = Math.max(due, begin, context.currentTime), end = due + length;
     if (at >= end) return;
-    const force = velocity / 127, fade = piece.cut ? Math.min(1, (piece.end - start) / 6) : 1;
-    const bright = Math.min(20_000, 300 + hertz(pitch) * (1.5 + 12 * force ** 2));
-    const damping = pitch > 88 ? 0.4 : 0.08;       // the highest strings have no dampers
-    const root = 3 * Math.round(pitch / 3), playbackRate = 2 ** ((pitch - root) / 12);
+    const root = 3 * Math.round(pitch / 3), playbackRate = 2 ** ((pitch - root) / 12), force = velocity / 127;
+    const fade = piece.cut ? Math.min(1, (piece.end - start) / 6) : 1;
     const string = new AudioBufferSourceNode(context, {buffer: stringOf(root), playbackRate});
-    const tone = new BiquadFilterNode(context, {frequency: bright}), loud = new GainNode(context);
-    const place = new StereoPannerNode(context, {pan: (pitch - 64) / 70});
-    string.connect(tone).connect(loud).connect(place).connect(board);
-    loud.gain.setValueAtTime(0, at);
-    loud.gain.linearRampToValueAtTime(fade * force ** 1.5, at + 0.003);
-    loud.gain.setTargetAtTime(0, Math.max(end, at + 0.01), damping);
-    string.start(at, (at - due) * playbackRate);   // one that has begun before is joined midway
-    string.stop(end + 7 * damping);
+    const bright = 500 * 2 ** (pitch / 40 + 3 * force);  // the louder, the brighter
+    const tone = new BiquadFilterNode(context, {frequency: bright});
+    const key = new GainNode(context), place = new StereoPannerNode(context, {pan: (pitch - 64) / 70});
+    string.connect(tone).connect(key).connect(place).connect(board);
+    key.gain.setValueAtTime(0, at);
+    key.gain.linearRampToValueAtTime(fade * force ** 1.5, at + 0.003);
+    key.gain.setTargetAtTime(0, Math.max(end, at + 0.01), 0.08);
+    string.start(at, (at - due) * playbackRate);  // one that has begun before is joined midway
+    string.stop(end + 0.6);
     string.onended = () => { place.disconnect(); sounding.delete(string); };
     sounding.add(string);
   }
@@ -1005,19 +1046,19 @@ function perform(piece, context, from, begin) {    // its second `from` sounds a
     time: () => from + Math.max(0, context.currentTime - begin),
     feed(until) { while (piece.notes[next]?.[0] < until) strike(piece.notes[next++]); },
     stop() {
-      for (const {gain} of [board, wet]) gain.setTargetAtTime(0, context.currentTime, 0.05);
+      board.gain.setTargetAtTime(0, context.currentTime, 0.05);
       sounding.forEach(string => string.stop(context.currentTime + 0.3));
-      setTimeout(() => out.disconnect(), 500);
+      setTimeout(() => out.disconnect(), 1000);
     },
   };
 }
 
 async function renderWav(piece, progress) {
-  const context = new OfflineAudioContext(2, Math.round(RATE * piece.end), RATE);
+  const context = new OfflineAudioContext(2, RATE * piece.end, RATE);
   const heard = perform(piece, context, 0, 0);
   heard.out.connect(context.destination);
-  heard.feed(context.suspend ? 2 : Infinity);      // Firefox can't halt on the way: all notes at once
-  for (let second = 1; context.suspend && second < piece.end; second++) context.suspend(second).then(() => {
+  heard.feed(context.suspend ? 2 : Infinity);  // Firefox can't halt on the way: all notes at once
+  for (let second = 1; context.suspend && second < piece.end - 1; second++) context.suspend(second).then(() => {
     heard.feed(second + 2);
     progress(second / piece.end);
     context.resume();
@@ -1033,121 +1074,145 @@ async function renderWav(piece, progress) {
 
 const now = () => playing ? Math.min(playing.time(), current.end) : position;
 
-function stand(piece, second) {                    // there, without sound
+function go(piece, second, sounds = !!playing) {
   playing?.stop();
   playing = null;
   current = piece;
   position = Math.max(0, Math.min(second, piece.end));
+  if (sounds) {
+    audio ??= new AudioContext();
+    audio.resume();
+    volume ??= new GainNode(audio, {gain: slider.value ** 2});
+    playing = perform(piece, audio, position, audio.currentTime + 0.1);
+    playing.out.connect(volume).connect(audio.destination);
+    feed();
+  }
+  for (const {section, strip} of pieces) [section.className, strip.style.backgroundSize] = ["", 0];
+  current.section.className = "current";
+  find("#heading").innerHTML = current.heading;
+  find("path").setAttribute("d", playing ? "M15 13h6v20h-6zM25 13h6v20h-6z" : "M17 12v22l18-11z");
   draw();
 }
 
-function play(piece, second) {
-  stand(piece, second);
-  audio ??= new AudioContext();
-  volume ??= new GainNode(audio, {gain: slider.value ** 2});
-  audio.resume();
-  playing = perform(piece, audio, position, audio.currentTime + 0.1);
-  playing.out.connect(volume).connect(audio.destination);
-  feed();
-}
-
-function feed() {                                  // two seconds ahead: timers of a hidden page are slow
+function feed() {  // two seconds ahead: timers of a hidden page are slow
   playing?.feed(playing.time() + 2);
-  if (!playing || now() < current.end) return;
-  if (current == pieces.at(-1)) stand(current, current.end); else turn(1);
+  if (playing && now() == current.end && !turn(1)) go(current, current.end, false);
 }
 setInterval(feed, 200);
 
-function seek(second, piece = current) {           // sounding or not, as it was
-  (playing ? play : stand)(piece, second);
-}
-
 function turn(step) {
-  const piece = pieces[pieces.indexOf(current) + step] || current;
-  seek(piece.begin, piece);
-  piece.section.scrollIntoView({block: "nearest"});
+  const piece = pieces[pieces.indexOf(current) + step];
+  if (piece) go(piece, piece.begin);
+  return piece;
 }
 
 const keys = {
-  " ": () => playing ? stand(current, now()) : play(current, position < current.end ? position : current.begin),
-  ArrowLeft: () => seek(now() - 5), ArrowRight: () => seek(now() + 5), ArrowUp: () => turn(-1), ArrowDown: () => turn(1),
+  " ": () => go(current, playing || position < current.end ? now() : current.begin, !playing),
+  ArrowLeft: () => go(current, now() - 5),
+  ArrowRight: () => go(current, now() + 5),
+  ArrowUp: () => turn(-1),
+  ArrowDown: () => turn(1),
 };
 onkeydown = event => {
-  const taken = event.target.matches(event.key == " " ? "a, button, summary" : "input");  // what has the focus needs it
+  const taken = event.target.matches(event.key == " " ? "a, button, summary" : "input");  // by the focus
   if (taken || event.altKey || !keys[event.key]) return;
   event.preventDefault();
   keys[event.key]();
 };
-onclick = event => event.detail && document.activeElement.blur();     // a mouse leaves the keys to the page
+onclick = event => event.detail && document.activeElement.blur();  // a mouse leaves the keys to the page
 find("#play").onclick = keys[" "];
 slider.oninput = () => volume && (volume.gain.value = slider.value ** 2);
-roll.onclick = event => play(current, rollStart() + event.offsetX / zoom());
+roll.onclick = event => go(current, rollStart() + event.offsetX / zoom(), true);
 
 // ---------------------------------------------------------------- what is seen
 
 function addPiece(piece) {
-  const section = document.createElement("section"), {notes, given, figures} = piece;
-  const pitches = notes.map(note => note[2]), safe = text => new Option(text).innerHTML;
-  const power = notes.reduce((sum, [, length, , velocity]) => sum + Math.min(length, 0.5) * (velocity / 127) ** 3, 0);
-  piece.end = notes.reduce((last, [start, length]) => Math.max(last, start + length), 0) + 2;  // echo dies away
+  const section = document.createElement("section"), {notes, given} = piece;
+  const safe = text => new Option(text).innerHTML, pitches = new Set(notes.map(note => note[2]));
+  const power = notes.reduce((sum, [, length, , velocity]) => sum + Math.min(length, 0.5) * velocity ** 3, 0);
+  piece.end = notes.reduce((last, [start, length]) => Math.max(last, start + length), 0) + 2;  // echo
   piece.begin = given ? notes[given][0] : 0;
-  piece.gain = 0.1 / Math.sqrt(power / piece.end); // so that pieces are of like loudness
-  piece.high = pitches.reduce((most, pitch) => Math.max(most, pitch), 84) + 2;
-  piece.low = pitches.reduce((least, pitch) => Math.min(least, pitch), 48) - 2;
-  piece.heading = `<b>${safe(piece.title)}</b>${safe(piece.detail)}${piece.cut ? "; cut off, so it fades out" : ""}`;
-  section.innerHTML = `<button class="title">${piece.heading}</button><div>${clock(piece.end)} <a>.mid</a> <a href="#">.wav</a></div>
-    <canvas class="strip"></canvas><details><summary>figures</summary>${
-      figures.map(words => safe(words.join(": "))).join("\n")}</details>`;
-  const [title, strip] = ["button", "canvas"].map(name => section.querySelector(name));
-  const [mid, wav] = section.querySelectorAll("a");
-  title.onclick = () => play(piece, piece.begin);
-  strip.onclick = event => play(piece, event.offsetX / strip.clientWidth * piece.end);
+  piece.gain = 400 / Math.sqrt(power / piece.end);  // pieces of like loudness
+  [piece.low, piece.high] = [Math.min(48, ...pitches) - 2, Math.max(84, ...pitches) + 2];
+  piece.heading = `<b>${safe(piece.title)}</b>${safe(piece.detail)}${piece.cut ? ", unfinished: fades out" : ""}`;
+  section.innerHTML = `<button class="title">${piece.heading}</button>
+    <div>${clock(piece.end)} <a>.mid</a> <button>.wav</button></div><canvas class="strip"></canvas>
+    <details><summary>figures</summary>${piece.figures.map(pair => safe(pair.join(": "))).join("\n")}</details>`;
+  const [title, {children: [mid, wav]}, strip] = section.children;
+  title.onclick = () => go(piece, piece.begin, true);
+  strip.onclick = event => go(piece, event.offsetX / strip.clientWidth * piece.end, true);
   Object.assign(mid, {download: `${piece.name}.mid`, href: `data:audio/midi;base64,${piece.midi}`});
-  wav.onclick = async event => {
-    event.preventDefault();
-    if (wav.textContent != ".wav") return;
+  wav.onclick = async () => {
+    wav.disabled = true;
     const file = await renderWav(piece, share => wav.textContent = `${Math.round(100 * share)} %`);
-    const link = Object.assign(document.createElement("a"), {download: `${piece.name}.wav`, href: URL.createObjectURL(file)});
-    link.click();
-    wav.textContent = ".wav";
+    const link = document.createElement("a"), href = URL.createObjectURL(file);
+    Object.assign(link, {download: `${piece.name}.wav`, href}).click();
+    setTimeout(() => URL.revokeObjectURL(href), 60_000);
+    Object.assign(wav, {textContent: ".wav", disabled: false});
   };
   find("main").append(section);
   return Object.assign(piece, {section, strip});
 }
 
-function clock(seconds) {
-  return `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
-}
+const zoom = () => Math.max(45, roll.clientWidth / 18);  // pixels a second
+const rollStart = () => now() - roll.clientWidth / 4 / zoom();  // what sounds is a quarter from the left
 
-const zoom = () => Math.max(45, roll.clientWidth / 18);           // pixels a second
-const rollStart = () => now() - roll.clientWidth / 4 / zoom();    // what sounds is a quarter from the left
-
-function paint(canvas, piece, from, scale, time) {
+function blank(canvas, piece, from, scale) {  // wipes it; gives what it takes to draw there
   const pen = canvas.getContext("2d"), {clientWidth: width, clientHeight: height} = canvas;
-  const row = height / (piece.high - piece.low + 1), x = second => (second - from) * scale, y = pitch => (piece.high - pitch) * row;
   canvas.width = width * devicePixelRatio;
   canvas.height = height * devicePixelRatio;
   pen.scale(devicePixelRatio, devicePixelRatio);
-  pen.fillStyle = "#8882";
-  for (let pitch = piece.low; pitch <= piece.high; pitch++) {
-    if ([1, 3, 6, 8, 10].includes(pitch % 12)) pen.fillRect(0, y(pitch), width, row);
-    if (pitch % 12 == 0) pen.fillRect(0, y(pitch - 1), width, 1);
-  }
-  for (let bar = Math.max(0, Math.ceil(from / piece.bar)); x(bar * piece.bar) < width; bar++) {
-    if (piece.bar * scale > 20) pen.fillRect(x(bar * piece.bar), 0, 1, height);
-  }
-  for (let n = 0; n < piece.notes.length && x(piece.notes[n][0]) < width; n++) {
-    const [start, length, pitch, velocity] = piece.notes[n], sounds = start <= time && time < start + length;
-    if (x(start + length) < 0) continue;
-    const hue = Math.max(215, Math.min(350, 165 + 1.8 * velocity)), long = Math.max(1, length * scale - 1);
-    pen.fillStyle = n < given ? "#888" : `hsl(${hue} 75% 60%)`;
-    pen.shadowColor = pen.fillStyle;
-    pen.shadowBlur = sounds ? 16 : 0;
-    pen.beginPath();
-    pen.roundRect(x(start), y(pitch), long, row - 1, Math.min(long, row - 1, 6) / 2);
-    pen.fill();
-  }
+  const row = height / (piece.high - piece.low + 1);
+  const x = time => (time - from) * scale, y = pitch => (piece.high - pitch) * row;
+  return {pen, width, height, row, scale, x, y};
 }
+
+function drawNotes(piece, {pen, width, row, scale, x, y}, time) {  // those that can be seen
+  piece.notes.forEach(([start, length, pitch, velocity], n) => {
+    if (x(start) > width || x(start + length) < 0) return;
+    const hue = Math.max(215, Math.min(350, 165 + 1.8 * velocity)), long = Math.max(1.5, length * scale - 1);
+    pen.fillStyle = pen.shadowColor = n < piece.given ? "#888" : `hsl(${hue} 75% 60%)`;
+    pen.shadowBlur = start <= time && time < start + length ? 20 : 0;
+    pen.beginPath();
+    pen.roundRect(x(start), y(pitch), long, Math.max(1.5, row), Math.min(long, row, 5) / 2);
+    pen.fill();
+  });
+  pen.shadowBlur = 0;
+}
+
+function draw() {
+  const time = now(), sheet = blank(roll, current, rollStart(), zoom());
+  const {pen, width, height, row, x, y} = sheet;
+  pen.fillStyle = "#8881";
+  for (let pitch = current.low; pitch <= current.high; pitch++) {
+    if ([1, 3, 6, 8, 10].includes(pitch % 12)) pen.fillRect(0, y(pitch), width, row);
+  }
+  pen.fillStyle = "#8883";
+  for (let octave = 0; octave < 10; octave++) pen.fillRect(0, y(12 * octave - 1), width, 1);
+  for (let t = 0; t < current.end; t += current.bar) if (x(t) > 0) pen.fillRect(x(t), 0, 1, height);
+  drawNotes(current, sheet, time);
+  pen.fillStyle = "#888";
+  for (let octave = 0; octave < 9; octave++) pen.fillText(`C${octave}`, 4, y(12 * octave + 11) - 2);
+  pen.fillStyle = "#e0457b";
+  pen.fillRect(x(time) - 1, 0, 2, height);
+  current.strip.style.backgroundSize = `${100 * time / current.end}%`;
+  find("time").textContent = `${clock(time)} / ${clock(current.end)}`;
+}
+
+new ResizeObserver(() => {
+  for (const piece of pieces) {
+    drawNotes(piece, blank(piece.strip, piece, 0, piece.strip.clientWidth / piece.end));
+  }
+  draw();
+}).observe(roll);
+
+function frame() {
+  if (playing) draw();
+  requestAnimationFrame(frame);
+}
+go(pieces[0], pieces[0].begin);
+frame();
+</script>
 """
 
 
