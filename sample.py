@@ -120,7 +120,7 @@ class Settings(NamedTuple):
 def filter_logits(logits_BV, settings):
     """Set to -inf what is not among the top_k, in the likeliest top_p, over min_p x the best."""
     least_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(settings.min_p)
-    if settings.top_k or settings.top_p < 1:  # sorting the vocabulary costs more than all the rest
+    if settings.top_k or settings.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, descending=True)
         p_BV = jax.nn.softmax(sorted_BV)
         kept_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < settings.top_p
@@ -974,7 +974,7 @@ const roll = find("#roll"), slider = find("input");
 const clock = seconds => new Date(1000 * seconds).toISOString().slice(14, 19);
 const pieces = PIECES.map(addPiece);
 let current, position;  // where it stands while nothing plays, in seconds
-let audio, volume, playing;  // playing: what perform() gave, while it sounds
+let audio, hall, playing;  // playing: what perform() gave, while it sounds
 
 // ---------------------------------------------------------------- a piano, for any audio context
 
@@ -1007,19 +1007,26 @@ function addSine(sound, loud, frequency, fade, phase) {  // a fading one, each s
   }
 }
 
-const hall = new AudioBuffer({numberOfChannels: 2, length: 2 * RATE, sampleRate: RATE});  // its echo: fading noise
-for (const echo of [hall.getChannelData(0), hall.getChannelData(1)]) {
-  echo.forEach((_, n) => echo[n] = (Math.random() - 0.5) * Math.exp(-3.5 * n / RATE));
+const echo = new AudioBuffer({numberOfChannels: 2, length: 2 * RATE, sampleRate: RATE});  // noise dying away
+for (const sound of [echo.getChannelData(0), echo.getChannelData(1)]) {
+  sound.forEach((_, n) => sound[n] = (Math.random() - 0.5) * Math.exp(-3.5 * n / RATE));
 }
 
 const soft = x => x / (1 + x ** 4) ** 0.25;  // leaves quiet sound alone and never exceeds 1
 const curve = Float32Array.from({length: 4001}, (_, n) => soft(n / 1000 - 2));
 
-function perform(piece, context, from, begin) {  // its second `from` sounds at the context's time `begin`
-  const board = new GainNode(context, {gain: piece.gain}), out = new WaveShaperNode(context, {curve});
+function openHall(context) {  // what is played into `stage` is heard, and `volume` is the last node of all
+  const stage = new GainNode(context), volume = new GainNode(context);
+  const limit = new WaveShaperNode(context, {curve});
   const dark = new BiquadFilterNode(context, {frequency: 2500}), wet = new GainNode(context, {gain: 0.35});
-  board.connect(out);
-  board.connect(new ConvolverNode(context, {buffer: hall})).connect(dark).connect(wet).connect(out);
+  stage.connect(new ConvolverNode(context, {buffer: echo})).connect(dark).connect(wet).connect(limit);
+  stage.connect(limit).connect(volume).connect(context.destination);
+  return {stage, volume};
+}
+
+function perform(piece, stage, from, begin) {  // its second `from` sounds at the context's time `begin`
+  const {context} = stage, board = new GainNode(context, {gain: piece.gain});
+  board.connect(stage);
   const sounding = new Set();
   let next = 0;
 
@@ -1042,27 +1049,27 @@ function perform(piece, context, from, begin) {  // its second `from` sounds at 
     sounding.add(string);
   }
   return {
-    out,
     time: () => from + Math.max(0, context.currentTime - begin),
     feed(until) { while (piece.notes[next]?.[0] < until) strike(piece.notes[next++]); },
     stop() {
       board.gain.setTargetAtTime(0, context.currentTime, 0.05);
       sounding.forEach(string => string.stop(context.currentTime + 0.3));
-      setTimeout(() => out.disconnect(), 1000);
+      setTimeout(() => board.disconnect(), 500);
     },
   };
 }
 
 async function renderWav(piece, progress) {
   const context = new OfflineAudioContext(2, RATE * piece.end, RATE);
-  const heard = perform(piece, context, 0, 0);
-  heard.out.connect(context.destination);
+  const heard = perform(piece, openHall(context).stage, 0, 0);
   heard.feed(context.suspend ? 2 : Infinity);  // Firefox can't halt on the way: all notes at once
-  for (let second = 1; context.suspend && second < piece.end - 1; second++) context.suspend(second).then(() => {
-    heard.feed(second + 2);
-    progress(second / piece.end);
-    context.resume();
-  });
+  for (let second = 1; context.suspend && second < piece.end - 1; second++) {
+    context.suspend(second).then(() => {
+      heard.feed(second + 2);
+      progress(second / piece.end);
+      context.resume();
+    });
+  }
   const sound = await context.startRendering(), samples = new Int16Array(2 * sound.length);
   for (const side of [0, 1]) sound.getChannelData(side).forEach((x, n) => samples[2 * n + side] = 32767 * x);
   const bytes = samples.byteLength;
@@ -1082,9 +1089,9 @@ function go(piece, second, sounds = !!playing) {
   if (sounds) {
     audio ??= new AudioContext();
     audio.resume();
-    volume ??= new GainNode(audio, {gain: slider.value ** 2});
-    playing = perform(piece, audio, position, audio.currentTime + 0.1);
-    playing.out.connect(volume).connect(audio.destination);
+    hall ??= openHall(audio);
+    slider.oninput();
+    playing = perform(piece, hall.stage, position, audio.currentTime + 0.1);
     feed();
   }
   for (const {section, strip} of pieces) [section.className, strip.style.backgroundSize] = ["", 0];
@@ -1121,7 +1128,7 @@ onkeydown = event => {
 };
 onclick = event => event.detail && document.activeElement.blur();  // a mouse leaves the keys to the page
 find("#play").onclick = keys[" "];
-slider.oninput = () => volume && (volume.gain.value = slider.value ** 2);
+slider.oninput = () => hall && (hall.volume.gain.value = slider.value ** 2);
 roll.onclick = event => go(current, rollStart() + event.offsetX / zoom(), true);
 
 // ---------------------------------------------------------------- what is seen
@@ -1134,7 +1141,8 @@ function addPiece(piece) {
   piece.begin = given ? notes[given][0] : 0;
   piece.gain = 400 / Math.sqrt(power / piece.end);  // pieces of like loudness
   [piece.low, piece.high] = [Math.min(48, ...pitches) - 2, Math.max(84, ...pitches) + 2];
-  piece.heading = `<b>${safe(piece.title)}</b>${safe(piece.detail)}${piece.cut ? ", unfinished: fades out" : ""}`;
+  piece.heading = `<b>${safe(piece.title)}</b>${safe(piece.detail)}`;
+  if (piece.cut) piece.heading += ", unfinished: fades out";
   section.innerHTML = `<button class="title">${piece.heading}</button>
     <div>${clock(piece.end)} <a>.mid</a> <button>.wav</button></div><canvas class="strip"></canvas>
     <details><summary>figures</summary>${piece.figures.map(pair => safe(pair.join(": "))).join("\n")}</details>`;

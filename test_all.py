@@ -2039,7 +2039,7 @@ def test_sample_judges_as_a_musician_does(sample_tokenizer):
             "cut": sample.judge(notes, 0, False),
             "wandering": sample.judge(notes | {"pitch": notes["pitch"] + late}, 0, True),
             "short": sample.judge(notes | {"duration": np.where(last, 0.2, notes["duration"])}, 0, True),
-            "silent": sample.judge(notes | {"time": notes["time"] + 5 * late}, 0, True),
+            "silent": sample.judge(notes | {"time": notes["time"] + 9 * late}, 0, True),
         }
         time = notes["time"][-1] + 0.3 * np.arange(60)
         stuck = {"time": time, "duration": np.full(60, 0.3), "pitch": 60 + np.arange(60) % 3, "velocity": np.full(60, 60)}
@@ -2053,7 +2053,7 @@ def test_sample_judges_as_a_musician_does(sample_tokenizer):
 
 
 def test_sample_as_a_user(tmp_path, capsys, sample_run):
-    etude_file = tmp_path / "etude </script>.mid"
+    etude_file = tmp_path / "étude <b> &.mid"
     midi_tokenize.compose(3).dump_midi(etude_file)
     flags = ["--run", sample_run, "--prompt", etude_file, "--prompt_seconds", 6, "--best_of", 3, "--max_tokens", 120]
     run_sample(*flags, "--out", tmp_path / "out", "--seeds", 0, 11, "--temperatures", 0.9, 1.1)
@@ -2071,7 +2071,7 @@ def test_sample_as_a_user(tmp_path, capsys, sample_run):
     for name, piece in zip(names, pieces):
         midi = (tmp_path / "out" / f"{name}.mid").read_bytes()
         assert piece["name"] == name and base64.b64decode(piece["midi"]) == midi
-        assert piece["title"] == "after etude </script>.mid" and piece["bar"] == 2 and piece["given"] == len(given)
+        assert piece["title"] == "after étude <b> &.mid" and piece["bar"] == 2 and piece["given"] == len(given)
         notes = sample.notes_of(Score.from_midi(midi))
         np.testing.assert_allclose(np.stack([*notes.values()], axis=1), piece["notes"], atol=1e-3)
         assert [(round(time, 2), pitch) for time, _, pitch, _ in piece["notes"]][: len(given)] == given
