@@ -627,8 +627,9 @@ def finish(draw, ids, prompt, seconds, tokenizer):
     score = to_score(ids, tokenizer)
     onsets = notes_of(score)["time"]
     count = np.searchsorted(onsets, prompt.seconds + seconds)
-    in_time, has_end = count == len(onsets), ids[-1] == tokenizer["EOS_None"]
-    if in_time and not has_end:
+    in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
+    cut = in_time and not has_end
+    if cut:
         ticks = score.tracks[0].notes.numpy()["time"]
         last_bar = max(line for line in get_bars_ticks(score) if line <= ticks[-1])
         whole = np.searchsorted(ticks, last_bar)
@@ -638,7 +639,7 @@ def finish(draw, ids, prompt, seconds, tokenizer):
     score = first_notes(score, count)
     notes = notes_of(score)
     verdict = judge(notes, prompt.notes, in_time and has_end)
-    return Piece(draw, score, notes, prompt.notes, in_time and not has_end, verdict)
+    return Piece(draw, score, notes, prompt.notes, cut, verdict)
 
 
 def bar_seconds(score):

@@ -2079,7 +2079,7 @@ def test_sample_as_a_user(tmp_path, capsys, sample_run):
         last = piece["notes"][-1][0]
         assert not piece["cut"] or last // 2 == 0 or any("was cut" in value for _, value in piece["figures"])
 
-    flags += ["--seeds", 0, "--seconds", 4]
+    flags += ["--seeds", 0, "--temperatures", 0.9, "--seconds", 4]
     run_sample(*flags, "--out", tmp_path / "with")
     run_sample(*flags, "--out", tmp_path / "without", "--only_generated")
     whole, new = (sample.notes_of(Score(tmp_path / name / f"{names[0]}.mid")) for name in ("with", "without"))
