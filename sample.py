@@ -588,31 +588,22 @@ def first_notes(score, count):
     return part
 
 
-def notes_after(score, count):
-    """All but the first notes, beginning at once."""
-    begin = score.tracks[0].notes[count].time
-    part = score.clip(begin, score.end() + 1)
-    part.tracks[0].notes = score.tracks[0].notes[count:]
-    part.tracks[0].shift_time(-begin, inplace=True)
-    return part
-
-
 def notes_of(score):
     """Notes as arrays, by time and pitch: time and duration in seconds, pitch, velocity."""
     return score.to("second").tracks[0].notes.numpy()
 
 
 class Piece(NamedTuple):
-    """A piece that was drawn. The best ones get a title and figures, and are written."""
+    """A piece that was drawn. The best ones get a title, and are written."""
 
     draw: Draw
     score: Score
     notes: dict
     given: int  # how many of its first notes are the prompt's
     cut: bool  # by --max_tokens
-    verdict: "Verdict"
+    points: float  # by which it is chosen
+    figures: dict  # what a listener may ask about it
     title: str = ""
-    figures: tuple = ()
 
     @property
     def name(self):
@@ -638,8 +629,17 @@ def finish(draw, ids, prompt, seconds, tokenizer):
         raise Refused("no new note")
     score = first_notes(score, count)
     notes = notes_of(score)
-    verdict = judge(notes, prompt.notes, in_time and has_end)
-    return Piece(draw, score, notes, prompt.notes, cut, verdict)
+    points, figures = judge(notes, prompt.notes, in_time and has_end)
+    return Piece(draw, score, notes, prompt.notes, cut, points, figures)
+
+
+def without_prompt(piece):
+    """The Piece as if it began with its new notes."""
+    begin = piece.score.tracks[0].notes[piece.given].time
+    score = piece.score.clip(begin, piece.score.end() + 1)
+    score.tracks[0].notes = piece.score.tracks[0].notes[piece.given :]
+    score.tracks[0].shift_time(-begin, inplace=True)
+    return piece._replace(score=score, notes=notes_of(score), given=0)
 
 
 def bar_seconds(score):
@@ -661,7 +661,8 @@ def write(folder, pieces):
         rows = np.stack([*piece.notes.values()], axis=1).astype(float).round(3)
         entry = {"title": piece.title, "name": piece.name, "given": piece.given, "cut": piece.cut}
         entry["detail"] = f"seed {piece.draw.seed}, temperature {piece.draw.temperature}"
-        entry |= {"bar": bar_seconds(piece.score), "notes": rows.tolist(), "figures": piece.figures}
+        entry |= {"bar": bar_seconds(piece.score), "notes": rows.tolist()}
+        entry["figures"] = list(piece.figures.items())
         entry["midi"] = base64.b64encode(midi).decode()
         entries.append(entry)
     write_page(paths[0], entries)
@@ -685,18 +686,8 @@ KEYS = {
 PITCHES = "C C# D Eb E F F# G Ab A Bb B".split()
 
 
-class Verdict(NamedTuple):
-    """What is good and bad about a piece."""
-
-    points: float
-    key: str
-    in_key: float  # share of its new notes
-    home: bool  # does it end on a long chord on the tonic?
-    words: str
-
-
 def judge(notes, given, ended):
-    """Which of several pieces to keep? The one with most points. It gets
+    """The points of a piece, of which the best of several has most, and figures. It gets
 
     - one if it came to an end by itself,
     - two more if that is a long chord on the tonic of the key that it began in,
@@ -709,20 +700,23 @@ def judge(notes, given, ended):
     tonic, mode = find_key({name: column[onset < onset[0] + 30] for name, column in notes.items()})
     in_key = np.isin((pitch[given:] - tonic) % 12, KEYS[mode][1]).mean()
     bass = pitch[end > onset[-1]].min()  # of all that sounds with the last note
-    home = bool(ended and bass % 12 == tonic and end.max() - onset[-1] >= 1)
+    home = ended and bass % 12 == tonic and end.max() - onset[-1] >= 1
     lasts = onset[-1] - onset[given] >= 30
     loop, strikes = longest_loop(notes), most_strikes(notes)
     silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
     points = ended + 2 * home + lasts + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key
 
-    words = ["ends by itself" + ", on a long chord on the tonic" * home if ended else "was cut"]
+    words = ["ends by itself, on a long chord on the tonic" if home else "ends by itself"]
+    if not ended:
+        words = ["does not come to an end"]
     if loop > 8:
         words.append(f"repeats a figure for {loop:.0f} s")
     if strikes > 32:
         words.append(f"strikes a key {strikes} times running")
     if silence >= 2:
         words.append(f"is silent for {silence:.0f} s")
-    return Verdict(points, f"{PITCHES[tonic]} {mode}", in_key, home, "; ".join(words))
+    key = f"{PITCHES[tonic]} {mode}, with {in_key:.0%} of the new notes"
+    return points, {"chosen": "; ".join(words), "key": key}
 
 
 def find_key(notes):
@@ -792,17 +786,17 @@ def longest_copy(pitches, known):
 
 
 def choose(pieces, known):
-    """The Piece with most points that copies at most half, and its longest copy (None: unknown)."""
-    pieces = sorted(pieces, key=lambda piece: -piece.verdict.points)
-    if known is None:
-        return pieces[0], None
-    copies = []
-    for piece in pieces:
+    """The Piece with most points of those that copy at most half of their notes."""
+    pieces = sorted(pieces, key=lambda piece: -piece.points)
+    compared = []
+    for piece in pieces if known else []:
         pitches = piece.notes["pitch"][piece.given :]
-        copies.append(longest_copy(pitches, known))
-        if copies[-1] <= len(pitches) / 2:
-            return piece, copies[-1]
-    return pieces[0], copies[0]
+        copied = longest_copy(pitches, known)
+        words = f"{copied} of {len(pitches)} notes also stand in the training music"
+        compared.append(piece._replace(figures=piece.figures | {"longest copy": words}))
+        if copied <= len(pitches) / 2:
+            return compared[-1]
+    return [*compared, *pieces][0]
 
 
 # ---- the steps, in order -------------------------------------------------------------------------
@@ -810,16 +804,13 @@ def choose(pieces, known):
 
 def check_flags(parser, args):
     """Refuse what would be passed over, or give other music than was asked for."""
-    counts = "best_of", "num_samples", "max_tokens", "prompt_tokens", "prompt_bars"
-    limits = dict.fromkeys(counts, (1, 10**6)) | {"top_k": (0, 10**6), "min_p": (0, 1)}
-    limits |= dict.fromkeys(("seconds", "prompt_seconds"), (0.01, 10**6))
-    limits |= {"temperatures": (0, 100), "top_p": (1e-6, 1), "bpm": (10, 500)}
+    limits = {"temperatures": (0, 100), "top_p": (1e-6, 1), "min_p": (0, 1), "top_k": (0, 10**6)}
+    limits |= {"best_of": (1, 10**4), "max_tokens": (1, 10**6), "bpm": (10, 500)}
     for name, (low, high) in limits.items():
         for value in np.atleast_1d(getattr(args, name)):
-            if value is not None and not low <= value <= high:
+            if not low <= value <= high:
                 parser.error(f"--{name} {value}: must be from {low} to {high}")
-    texts = [args.chords, args.scale, args.motif]
-    has_text = any(text is not None for text in texts)
+    has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
     if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
         parser.error("--prompt_tokens, --prompt_seconds, --prompt_bars: of what --prompt?")
     if args.prompt and has_text:
@@ -891,21 +882,6 @@ def compose(args, model, tokenizer, grammar, prompt):
     return choices, tokens_per_second
 
 
-def present(pieces, known, title, only_generated):
-    """Of these Pieces the best, with what a listener may ask about it."""
-    piece, copied = choose(pieces, known)
-    verdict, count = piece.verdict, len(piece.notes["time"]) - piece.given
-    figures = [("chosen", f"best of {len(pieces)}: {verdict.words}")]
-    figures.append(("key", f"{verdict.key}, with {verdict.in_key:.0%} of its notes"))
-    if copied is not None:
-        words = f"{copied} of {count} notes also stand in the training music"
-        figures.append(("longest copy", words))
-    if only_generated:
-        score = notes_after(piece.score, piece.given)
-        piece = piece._replace(score=score, notes=notes_of(score), given=0)
-    return piece._replace(title=title, figures=tuple(figures))
-
-
 def main(args):
     model, tokenizer, facts = load_run(args.run)
     if args.window_drop is not None and model.cfg.rotary:
@@ -925,14 +901,16 @@ def main(args):
     known = read_intervals(data, tokenizer, facts["tokenizer_sha256"])
     pieces = []
     for number, candidates in enumerate(choices.values(), start=1):
-        title = prompt.title or f"Piece {number}"
-        pieces.append(present(candidates, known, title, args.only_generated))
+        piece = choose(candidates, known)
+        piece.figures["chosen"] = f"best of {len(candidates)}: {piece.figures['chosen']}"
+        piece = piece._replace(title=prompt.title or f"Piece {number}")
+        pieces.append(without_prompt(piece) if args.only_generated else piece)
     try:
         paths = write(args.out, pieces)
     except OSError as error:
         raise Refused(f"--out {args.out}: not all was written ({error.strerror})") from error
     for piece in pieces:
-        print(f"{piece.name}: " + "; ".join(f"{name}: {text}" for name, text in piece.figures))
+        print(f"{piece.name}: " + "; ".join(map(": ".join, piece.figures.items())))
     print(f"tokens_per_second={tokens_per_second:.1f}", *paths, sep="\n")
 
 
