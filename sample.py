@@ -45,8 +45,9 @@ from model import Config, Decoder, Refused, atomic_write, empty_cache, load
 
 # Prompts take the very path of the training data. It is loaded from its file, under another name,
 # because `import tokenize` means the standard library's module.
-path = Path(__file__).resolve().with_name("tokenize.py")
-spec = importlib.util.spec_from_file_location("midi_tokenize", path)
+spec = importlib.util.spec_from_file_location(
+    "midi_tokenize", Path(__file__).resolve().with_name("tokenize.py")
+)
 midi_tokenize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(midi_tokenize)
 
@@ -215,32 +216,21 @@ def generate(model, grammar, prompt, draws, settings, is_enough=None):
     12 are drawn one by one, the last from tokens 4 to 11. Then it begins at 8.
     With rotary positions, which are relative, each new token takes the place of the oldest.
     """
-    rows, length, context, eos = len(draws), len(prompt.ids), model.cfg.context, int(grammar.eos)
+    length, context, eos = len(prompt.ids), model.cfg.context, int(grammar.eos)
     total, drop = length + settings.max_tokens, settings.window_drop or context // 2
     begin = max(0, length - context)
     if not model.cfg.rotary:
         begin = drop * math.ceil(begin / drop)
     # how many tokens may be drawn before the window is read again
     room = math.inf if model.cfg.rotary else begin + context + 1 - length
-    tokens_BN = np.full((rows, total), eos, np.int32)
-    tokens_BN[:, :length] = prompt.ids
-
-    cache = empty_cache(model.cfg, 1, jax.tree.leaves(model)[0].dtype, min(context, total))
-    if length - 1 > begin:
-        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
-    one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
-    cache, state = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
-    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state)
-    temperature_B = np.array([draw.temperature for draw in draws], np.float32)
-    keys_B = jnp.stack([draw.key() for draw in draws])
-    first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
-    fixed = Fixed(model, grammar, first_V, given, keys_B, temperature_B)
+    fixed, music = read_prompt_once(model, grammar, prompt, draws, total=total, begin=begin)
+    tokens_BN = np.array(music.tokens_BN)
 
     music = add_tokens(fixed, music, 0, settings)  # compiles
     if total - length > room:
         read_again = read_window.lower(model, tokens_BN[:, : context - drop], music.cache).compile()
     started = time.perf_counter()
-    with tqdm(total=rows * settings.max_tokens, unit=" tokens", desc="composing") as bar:
+    with tqdm(total=len(draws) * settings.max_tokens, unit=" tokens", desc="composing") as bar:
         while length < total and (tokens_BN[:, length - 1] != eos).any():
             if room == 0:
                 begin, room = begin + drop, drop
@@ -259,6 +249,24 @@ def generate(model, grammar, prompt, draws, settings, is_enough=None):
     seconds = time.perf_counter() - started
     pieces = [row[: row.index(eos) + 1] if eos in row else row for row in tokens_BN.tolist()]
     return pieces, sum(len(ids) - len(prompt.ids) for ids in pieces) / seconds
+
+
+def read_prompt_once(model, grammar, prompt, draws, total, begin):
+    """What stays fixed, and Music of `total` tokens at most, whose window begins at `begin`."""
+    rows, length = len(draws), len(prompt.ids)
+    tokens_BN = np.full((rows, total), grammar.eos, np.int32)
+    tokens_BN[:, :length] = prompt.ids
+    dtype, slots = jax.tree.leaves(model)[0].dtype, min(model.cfg.context, total)
+    cache = empty_cache(model.cfg, 1, dtype, slots)
+    if length - 1 > begin:
+        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
+    one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
+    cache, state = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
+    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state)
+    temperature_B = np.array([draw.temperature for draw in draws], np.float32)
+    keys_B = jnp.stack([draw.key() for draw in draws])
+    first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
+    return Fixed(model, grammar, first_V, given, keys_B, temperature_B), music
 
 
 # ---- the grammar of music, as a mask over tokens -------------------------------------------------
