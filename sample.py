@@ -120,16 +120,28 @@ class Settings(NamedTuple):
 
 def filter_logits(logits_BV, settings):
     """Set to -inf what is not among the top_k, in the likeliest top_p, over min_p x the best."""
-    least_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(settings.min_p)
-    if settings.top_k or settings.top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, descending=True)
-        p_BV = jax.nn.softmax(sorted_BV)
-        kept_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < settings.top_p
-        if settings.top_k:
-            kept_BV &= jnp.arange(kept_BV.shape[1]) < settings.top_k
-        least_kept_B1 = jnp.where(kept_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
-        least_B1 = jnp.maximum(least_B1, least_kept_B1)
-    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    p_BV = jax.nn.softmax(logits_BV)
+    least_B1 = settings.min_p * p_BV.max(axis=-1, keepdims=True)
+    if settings.top_k:
+        likeliest_BK, _ = jax.lax.top_k(p_BV, min(settings.top_k, p_BV.shape[1]))
+        least_B1 = jnp.maximum(least_B1, likeliest_BK[:, -1:])
+    if settings.top_p < 1:
+        least_B1 = jnp.maximum(least_B1, least_of_top_p(p_BV, settings.top_p))
+    return jnp.where(p_BV >= least_B1, logits_BV, -jnp.inf)
+
+
+def least_of_top_p(p_BV, top_p):
+    """The highest bound with at least top_p in all above it, by halving: sorting takes 20 x longer."""
+
+    def halve(_, bounds):
+        low_B1, high_B1 = bounds
+        middle_B1 = (low_B1 + high_B1) / 2
+        enough_B1 = jnp.where(p_BV >= middle_B1, p_BV, 0).sum(axis=-1, keepdims=True) >= top_p
+        low_B1 = jnp.where(enough_B1, middle_B1, low_B1)
+        return low_B1, jnp.where(enough_B1, high_B1, middle_B1)
+
+    high_B1 = p_BV.max(axis=-1, keepdims=True)
+    return jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(high_B1), high_B1))[0]
 
 
 def pick(logits_BV, keys_B, temperature_B, settings):
