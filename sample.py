@@ -1,35 +1,38 @@
-"""Composes: draws piano music from a trained model and puts it on a page that plays it.
+"""Composes: draws piano music from a trained model, and keeps the best of several draws.
 
-    python sample.py                                                   # four pieces out of nothing
-    python sample.py --seeds 0 11 255 777 --temperatures 0.7 0.8 0.9   # twelve, made together
-    python sample.py --prompt moon.mid --prompt_bars 8                 # go on where eight bars of a file end
-    python sample.py --chords "Dm7 G7 C:4" --scale_lock "C major"      # go on from chords, on white keys only
+    python sample.py                                                  # four pieces out of nothing
+    python sample.py --seeds 0 11 255 777 --temperatures 0.7 0.8 0.9  # twelve, made together
+    python sample.py --prompt moon.mid --prompt_bars 8                # go on after eight bars
+    python sample.py --chords "Dm7 G7 C:4" --scale_lock "C major"     # from chords, on white keys
 
-OUT receives index.html (open it: no network needed), a .mid file per piece, and .wav files with --wav.
+OUT receives index.html, a page that plays the music (open it, or mail it: all is inside), and a
+.mid file for each piece.
 """
 
-# Names end in their shape: B pieces, T tokens of a window, N tokens of a piece, V vocabulary, K kinds of token.
+# Names end in their shape: B pieces in the making, T tokens of a window, N tokens of a piece,
+# V vocabulary, K kinds of token, 2 a position in the bar and a pitch.
 
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: a notebook, which must live on
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 import argparse
+import base64
+import difflib
 import functools
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
-import sys
 import tempfile
 import time
-import wave
 from pathlib import Path
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,83 +41,435 @@ from miditok.utils import get_bars_ticks
 from symusic import ControlChange, Note, Score, Tempo, Track
 from tqdm import tqdm
 
-from model import Config, Decoder, atomic_write, empty_cache, load
+from model import Config, Decoder, Refused, atomic_write, empty_cache, load
 
-# Prompts take the very path of the training data. It is loaded from its file, under another name, because
-# `import tokenize` means the standard library's module.
-spec = importlib.util.spec_from_file_location("midi_tokenize", Path(__file__).resolve().with_name("tokenize.py"))
+# Prompts take the very path of the training data. It is loaded from its file, under another name,
+# because `import tokenize` means the standard library's module.
+spec = importlib.util.spec_from_file_location(
+    "midi_tokenize", Path(__file__).resolve().with_name("tokenize.py")
+)
 midi_tokenize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(midi_tokenize)
 
-CHORDS = {  # how people write a chord: miditok's name for it
-    "": "maj", "maj": "maj", "m": "min", "min": "min", "dim": "dim", "aug": "aug", "sus2": "sus2", "sus4": "sus4",
-    "7": "7dom", "m7": "7min", "maj7": "7maj", "m7b5": "7halfdim", "dim7": "7dim", "augmaj7": "7aug", "9": "9maj",
-    "7b9": "9min",
-}  # fmt: skip
-SCALES = {
-    "major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10), "harmonic": (0, 2, 3, 5, 7, 8, 11),
-    "dorian": (0, 2, 3, 5, 7, 9, 10), "pentatonic": (0, 2, 4, 7, 9), "blues": (0, 3, 5, 6, 7, 10),
-}  # fmt: skip
+
+# ---- knobs ---------------------------------------------------------------------------------------
 
 
-def number(kind, low, high):
-    """What argparse calls a type: a number within limits."""
-
-    def read(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text}: not between {low} and {high}")
-
-    read.__name__ = kind.__name__
-    return read
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def parse_flags():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, usage=argparse.SUPPRESS,
-                                     allow_abbrev=False)  # fmt: skip
-    count, seconds = number(int, 1, 10**6), number(float, 0.01, 10**6)
+def parse_flags(words=None):
+    """All knobs; returns the parser and what was typed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
+    )
     flag = parser.add_argument
-    flag("--run", type=Path, default="run", help="folder that train.py wrote; its best.ckpt plays (default: run)")
-    flag("--data", type=Path, help="folder of the training data, to compare with (default: the one trained on)")
-    flag("--out", type=Path, default="samples", help="folder to write (default: samples); other files in it stay")
-    flag("--wav", action="store_true", help="also write .wav files, from a small synthesizer")
+    flag("--run", type=Path, default="run", help="folder that train.py wrote; its best.ckpt plays")
+    flag("--data", type=Path, help="training data to look for copies in (that of the run)")
+    flag("--out", type=Path, default="samples", help="folder to write; other files in it stay")
 
-    flag = parser.add_argument_group("prompt: how pieces begin (default: out of nothing)").add_argument
-    flag("--prompt", type=Path, metavar="FILE.mid", help="a MIDI file, whole unless one of the next three cuts it")
-    flag("--prompt_tokens", type=count, metavar="N", help="only its first N tokens")
-    flag("--prompt_seconds", type=seconds, metavar="S", help="only its first S seconds")
-    flag("--prompt_bars", type=count, metavar="N", help="only its first N bars, by its own time signatures")
-    flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; kinds: C{" C".join(CHORDS)}')
-    flag("--scale", help=f'one octave upwards: "D minor"; kinds: {" ".join(SCALES)}')
-    flag("--motif", help='notes with lengths in beats, or 1; R rests between: "E5:.5 D#5:.5 R [C4,E4]:2"')
-    flag("--bpm", type=number(float, 10, 500), default=90, help="beats a minute of these three (default: 90)")
+    flag = parser.add_argument_group("prompt: how pieces begin (else: out of nothing)").add_argument
+    flag("--prompt", type=Path, metavar="FILE.mid", help="a MIDI file; the next three cut it")
+    flag("--prompt_tokens", type=int, metavar="N", help="only its first N tokens")
+    flag("--prompt_seconds", type=float, metavar="S", help="only its first S seconds")
+    flag("--prompt_bars", type=int, metavar="N", help="only its first N bars")
+    flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; C{" C".join(CHORDS)}')
+    flag("--scale", help=f'one octave upwards: "D minor"; {" ".join(SCALES)}')
+    flag("--motif", help='notes with beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
+    flag("--bpm", type=float, default=90, help="beats a minute of these three")
 
     flag = parser.add_argument_group("sampling").add_argument
-    seed, temperature = number(int, 0, 2**32 - 1), number(float, 0, 100)
-    flag("--seeds", type=seed, nargs="+", default=[0, 11, 255, 777], help="one piece each (default: 0 11 255 777)")
-    flag("--num_samples", type=count, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    flag("--temperatures", type=temperature, nargs="+", default=[0.9], help="each for every seed; 0: greedy (0.9)")
-    flag("--top_k", type=number(int, 0, 10**6), default=0, metavar="K", help="only the K likeliest tokens (0: all)")
-    flag("--top_p", type=number(float, 1e-6, 1), default=1.0, metavar="P", help="only the likeliest that sum to P (1)")
-    flag("--min_p", type=number(float, 0, 1), default=0.0, metavar="P", help="none under P x the likeliest (0)")
-    flag("--max_tokens", type=count, default=2000, help="of new music, at the most (default: 2000)")
-    flag("--min_tokens", type=number(int, 0, 10**6), default=100, metavar="N", help="before a piece may end (100)")
-    flag("--seconds", type=seconds, help="of new music, at the most")
-    flag("--window_drop", type=count, metavar="N", help="tokens forgotten when the context is full "
-        "(default: half of it; with rotary positions always 1)")  # fmt: skip
+    flag("--seeds", type=int, nargs="+", default=[0, 11, 255, 777], help="one piece each")
+    flag("--num_samples", type=int, metavar="N", help="instead of --seeds: seeds 0 to N-1")
+    flag("--temperatures", type=float, nargs="+", default=[1.0], help="each with each seed")
+    flag("--best_of", type=int, default=8, metavar="N", help="draw N for each piece, keep the best")
+    flag("--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
+    flag("--top_p", type=float, default=0.9, metavar="P", help="only the likeliest that sum to P")
+    flag("--min_p", type=float, default=0.0, metavar="P", help="none under P x the likeliest")
+    flag("--max_tokens", type=int, default=2000, metavar="N", help="of new music, at the most")
+    flag("--min_tokens", type=int, default=100, metavar="N", help="before a piece may end")
+    flag("--seconds", type=float, help="of new music, at the most")
+    flag("--window_drop", type=int, metavar="N", help="tokens forgotten when the context is full "
+         "(half of it; with rotary positions always 1)")  # fmt: skip
     flag("--scale_lock", metavar="SCALE", help='new notes from this scale only: "D minor"')
     flag("--only_generated", action="store_true", help="leave the prompt out of what is written")
 
-    args = parser.parse_args()
-    if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
-        parser.error("--prompt_tokens, --prompt_seconds and --prompt_bars cut a file: which one? --prompt FILE.mid")
-    if args.prompt and (args.chords or args.scale or args.motif):
-        parser.error("--prompt begins with a file; --chords, --scale and --motif begin with text: choose one")
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        real = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)
+        parser.error(f"{unknown[0]}: unknown; the nearest flag is {real[0]}")
+    check_flags(parser, args)
     return parser, args
 
 
-# ---------------------------------------------------------------- prompts: all become one Score
+# ---- drawing tokens ------------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """How tokens are drawn; the flags of these names explain them."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    window_drop: int | None = None
+
+
+def filter_logits(logits_BV, settings):
+    """Set to -inf what is not among the top_k, in the likeliest top_p, over min_p x the best."""
+    p_BV = jax.nn.softmax(logits_BV)
+    least_B1 = settings.min_p * p_BV.max(axis=-1, keepdims=True)
+    if settings.top_k:
+        likeliest_BK, _ = jax.lax.top_k(p_BV, min(settings.top_k, p_BV.shape[1]))
+        least_B1 = jnp.maximum(least_B1, likeliest_BK[:, -1:])
+    if settings.top_p < 1:
+        least_B1 = jnp.maximum(least_B1, least_of_top_p(p_BV, settings.top_p))
+    return jnp.where(p_BV >= least_B1, logits_BV, -jnp.inf)
+
+
+def least_of_top_p(p_BV, top_p):
+    """The highest bound with at least top_p in all above it, by halving: sorting takes 20 x longer."""
+
+    def halve(_, bounds):
+        low_B1, high_B1 = bounds
+        middle_B1 = (low_B1 + high_B1) / 2
+        enough_B1 = jnp.where(p_BV >= middle_B1, p_BV, 0).sum(axis=-1, keepdims=True) >= top_p
+        low_B1 = jnp.where(enough_B1, middle_B1, low_B1)
+        return low_B1, jnp.where(enough_B1, high_B1, middle_B1)
+
+    high_B1 = p_BV.max(axis=-1, keepdims=True)
+    return jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(high_B1), high_B1))[0]
+
+
+def pick(logits_BV, keys_B, temperature_B, settings):
+    """Filter, then draw one token a row; at temperature 0 take the likeliest."""
+    scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(scaled_BV, settings))
+    return jnp.where(temperature_B > 0, drawn_B, logits_BV.argmax(axis=-1))
+
+
+class Fixed(NamedTuple):
+    """What stays as it is while pieces grow."""
+
+    model: Decoder
+    grammar: "Grammar"
+    first_V: jax.Array  # the tokens that new music may begin with
+    given: jax.Array  # how many tokens the prompt has
+    keys_B: jax.Array
+    temperature_B: jax.Array
+
+
+class Music(NamedTuple):
+    """Pieces in the making, all of one length so far. One that has ended goes on with EOS."""
+
+    tokens_BN: jax.Array
+    length: jax.Array
+    begin: jax.Array  # of the window that the model sees
+    cache: list  # keys and values of the window, but for its last token
+    state: "State"  # where the grammar stands
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def read_window(model, tokens_BT, cache):
+    """Fill the cache with tokens that stand at positions 0, 1, ..."""
+    return model(tokens_BT, cache=cache)[1]
+
+
+@functools.partial(jax.jit, donate_argnames="music", static_argnames="settings")
+def add_tokens(fixed, music, steps, settings):
+    """Add `steps` tokens to all pieces. What a row draws depends on its key and length alone."""
+    model, grammar, first_V, given, keys_B, temperature_B = fixed
+
+    def add_token(_, music):
+        tokens_BN, length, begin, cache, state = music
+        last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
+        logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
+        goes_on_V = jnp.arange(model.cfg.vocab_size) != grammar.eos
+        allowed_V = goes_on_V | (length >= given + settings.min_tokens)
+        allowed_V &= first_V | (length > given)
+        logits_BV = jnp.where(grammar.allows(state) & allowed_V, logits_B1V[:, 0], -jnp.inf)
+        token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
+        token_B = pick(logits_BV, token_keys_B, temperature_B, settings)
+        token_B = jnp.where(last_B1[:, 0] == grammar.eos, grammar.eos, token_B)
+        tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
+        return Music(tokens_BN, length + 1, begin, cache, grammar.step(state, token_B))
+
+    return jax.lax.fori_loop(0, steps, add_token, music)
+
+
+# ---- composing -----------------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """One piece to be made."""
+
+    seed: int
+    temperature: float
+    candidate: int = 0  # the first of a seed is what --best_of 1 makes of it
+
+    def key(self):
+        key = jax.random.key(self.seed)  # its tokens take fold_in(key, 1), fold_in(key, 2), ...
+        return jax.random.fold_in(key, 2**32 - self.candidate) if self.candidate else key
+
+
+def generate(model, grammar, prompt, draws, settings, is_enough=None):
+    """Go on from a Prompt, once for each Draw: lists of ids, and the new tokens per second.
+
+    A list begins with BOS, and ends with EOS if the piece came to its end. Every 32 tokens,
+    `is_enough` may stop a piece by its ids.
+
+    The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are
+    forgotten and the others read again, because they stand at other positions now, which are part
+    of all keys and values. With context 8 and window_drop 4, token 8 is drawn from tokens 0 to 7.
+    Then the window begins at 4: tokens 4 to 7 are read again, at positions 0 to 3, and tokens 9 to
+    12 are drawn one by one, the last from tokens 4 to 11. Then it begins at 8.
+    With rotary positions, which are relative, each new token takes the place of the oldest.
+    """
+    length, context, eos = len(prompt.ids), model.cfg.context, int(grammar.eos)
+    total, drop = length + settings.max_tokens, settings.window_drop or context // 2
+    begin = max(0, length - context)
+    if not model.cfg.rotary:
+        begin = drop * math.ceil(begin / drop)
+    # how many tokens may be drawn before the window is read again
+    room = math.inf if model.cfg.rotary else begin + context + 1 - length
+    fixed, music = read_prompt_once(model, grammar, prompt, draws, total=total, begin=begin)
+    tokens_BN = np.array(music.tokens_BN)
+
+    music = add_tokens(fixed, music, 0, settings)  # compiles
+    if total - length > room:
+        read_again = read_window.lower(model, tokens_BN[:, : context - drop], music.cache).compile()
+    started = time.perf_counter()
+    with tqdm(total=len(draws) * settings.max_tokens, unit=" tokens", desc="composing") as bar:
+        while length < total and (tokens_BN[:, length - 1] != eos).any():
+            if room == 0:
+                begin, room = begin + drop, drop
+                cache = read_again(model, tokens_BN[:, begin : length - 1], music.cache)
+                music = music._replace(cache=cache, begin=jnp.int32(begin))
+            steps = min(32, total - length, room)
+            music = add_tokens(fixed, music, steps, settings)
+            length, room = length + steps, room - steps
+            tokens_BN = np.array(music.tokens_BN)
+            bar.update(np.count_nonzero(tokens_BN[:, length - steps : length] != eos))
+            if is_enough:
+                stops_B = [is_enough(row[:length].tolist()) for row in tokens_BN]
+                tokens_BN[stops_B, length - 1] = eos
+                music = music._replace(tokens_BN=jnp.array(tokens_BN))
+        bar.total = bar.n  # pieces may end early
+    seconds = time.perf_counter() - started
+    pieces = [row[: row.index(eos) + 1] if eos in row else row for row in tokens_BN.tolist()]
+    return pieces, sum(len(ids) - len(prompt.ids) for ids in pieces) / seconds
+
+
+def read_prompt_once(model, grammar, prompt, draws, total, begin):
+    """What stays fixed, and Music of `total` tokens at most, whose window begins at `begin`."""
+    rows, length = len(draws), len(prompt.ids)
+    tokens_BN = np.full((rows, total), grammar.eos, np.int32)
+    tokens_BN[:, :length] = prompt.ids
+    dtype, slots = jax.tree.leaves(model)[0].dtype, min(model.cfg.context, total)
+    cache = empty_cache(model.cfg, 1, dtype, slots)
+    if length - 1 > begin:
+        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
+    one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
+    cache, state = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
+    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state)
+    temperature_B = np.array([draw.temperature for draw in draws], np.float32)
+    keys_B = jnp.stack([draw.key() for draw in draws])
+    first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
+    return Fixed(model, grammar, first_V, given, keys_B, temperature_B), music
+
+
+# ---- the grammar of music, as a mask over tokens -------------------------------------------------
+
+MOVES = {"BOS", "Bar", "Position", "TimeShift"}  # kinds of token after which chords begin anew
+
+
+class State(NamedTuple):
+    """The last kind of token of each piece, and the least position and pitch that may follow."""
+
+    kind_B: jax.Array
+    least_B2: jax.Array
+
+
+class Grammar(NamedTuple):
+    """Which tokens may come next in a State.
+
+    Kinds follow each other as the tokenizer's own graph says. Within a bar positions rise, and
+    within a chord pitches, as they always do in training data: so time never runs backwards and no
+    note is struck twice.
+    """
+
+    follows_KV: jax.Array  # may this token come after a token of that kind?
+    first_V2: jax.Array  # the position and the pitch that it begins with ...
+    has_first_V2: jax.Array  # ... if it does
+    kind_V: jax.Array  # of its last base token
+    least_V2: jax.Array  # the least position and pitch that may come after it ...
+    sets_least_V2: jax.Array  # ... if it changes that
+    eos: jax.Array
+
+    def allows(self, state):
+        rises_BV2 = (self.first_V2 >= state.least_B2[:, None]) | ~self.has_first_V2
+        return self.follows_KV[state.kind_B] & rises_BV2.all(axis=-1)
+
+    def step(self, state, token_B):
+        least_B2 = jnp.where(self.sets_least_V2[token_B], self.least_V2[token_B], state.least_B2)
+        return State(self.kind_V[token_B], least_B2)
+
+    def after(self, ids):
+        """The State of one piece after these tokens, of which the first is BOS."""
+        tokens = np.array(ids)
+        sets_N2 = np.array(self.sets_least_V2)[tokens]
+        last_2 = len(tokens) - 1 - np.argmax(sets_N2[::-1], axis=0)  # the last token that did
+        least_2 = np.array(self.least_V2)[tokens[last_2], [0, 1]]
+        return State(self.kind_V[tokens[-1:]], jnp.array(least_2)[None])
+
+
+def base_tokens(tokenizer):
+    """What every id stands for: its "Kind_value" tokens, several where BPE has joined them."""
+    if not tokenizer.is_trained:
+        return [[name] for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
+    joined = tokenizer._vocab_learned_bytes_to_tokens
+    return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
+
+
+def spell(ids, tokenizer):
+    """The base tokens of a piece."""
+    names = base_tokens(tokenizer)
+    return [name for token in ids for name in names[token]]
+
+
+def places(parts):
+    """The first position and pitch of (kind, value) parts, and the least that may come after them.
+
+    None for those that they don't bring: a pitch may come after other notes of a chord, say.
+    """
+    first, least = [None, None], [None, None]
+    for kind, value in parts:
+        if kind in MOVES:
+            if kind == "Position" and least[0] is None:
+                first[0] = int(value)
+            position = int(value) + 1 if kind == "Position" else 0
+            least = [position, 0]
+        elif kind == "Pitch":
+            if least[1] is None:
+                first[1] = int(value)
+            least[1] = int(value) + 1
+    return first, least
+
+
+def build_grammar(tokenizer, pitch_classes=range(12)):
+    """The grammar of this tokenizer's tokens, without notes of other pitch classes."""
+    special = {name.split("_")[0] for name in tokenizer.special_tokens}
+    graph = tokenizer.tokens_types_graph
+    graph = {kind: after - special - {"PitchDrum"} for kind, after in graph.items()}
+    music_begins = {"Bar"} if "Bar" in graph else graph["TimeShift"] - MOVES
+    graph |= dict.fromkeys(special, music_begins)
+    kinds = sorted(graph)
+    follows_KV = np.zeros((len(kinds), len(tokenizer)), bool)
+    kind_V = np.full(len(tokenizer), kinds.index("PAD"))
+    first, least = [], []
+    for token, names in enumerate(base_tokens(tokenizer)):
+        parts = [name.split("_") for name in names]
+        token_first, token_least = places(parts)
+        first.append(token_first)
+        least.append(token_least)
+        if parts:  # BPE has one token of nothing
+            pitches = {int(value) % 12 for kind, value in parts if kind == "Pitch"}
+            if pitches <= set(pitch_classes):
+                follows_KV[:, token] = [parts[0][0] in graph[kind] for kind in kinds]
+            kind_V[token] = kinds.index(parts[-1][0])
+    # a piece may end where time may move on, but not where it has just done so
+    may_end = {kind for kind in kinds if graph[kind] & MOVES} - MOVES - special
+    eos = tokenizer["EOS_None"]
+    follows_KV[:, eos] = [kind in may_end for kind in kinds]
+    grammar = Grammar(follows_KV, *with_mask(first), kind_V, *with_mask(least), eos)
+    assert_no_dead_end(grammar, kinds)
+    return jax.tree.map(jnp.array, grammar)
+
+
+def with_mask(rows):
+    """Lists of numbers and None -> an array of integers, and a mask of those that are numbers."""
+    values = np.array(rows, float)  # None becomes NaN
+    return np.nan_to_num(values).astype(int), ~np.isnan(values)
+
+
+def assert_no_dead_end(grammar, kinds):
+    """Something may follow every state: where nothing may, tokens would be drawn at random."""
+    highest_K2 = np.zeros((len(kinds), 2), int)  # of all `least` that a state of this kind may have
+    reached_K = np.array(kinds) == "BOS"
+    for _ in kinds:
+        for kind in np.flatnonzero(reached_K):
+            tokens = np.flatnonzero(grammar.follows_KV[kind])
+            sets_N2, least_N2 = grammar.sets_least_V2[tokens], grammar.least_V2[tokens]
+            least_N2 = np.where(sets_N2, least_N2, highest_K2[kind])
+            np.maximum.at(highest_K2, grammar.kind_V[tokens], least_N2)
+            reached_K[grammar.kind_V[tokens]] = True
+    for kind in np.flatnonzero(reached_K & (np.array(kinds) != "EOS")):
+        state = State(np.array([kind]), highest_K2[[kind]])
+        assert grammar.allows(state).any(), f"nothing may follow {kinds[kind]}"
+
+
+# ---- prompts: files and texts --------------------------------------------------------------------
+
+CHORDS = {  # how people write a chord: miditok's name for it
+    "": "maj", "maj": "maj", "m": "min", "min": "min", "dim": "dim", "aug": "aug", "sus2": "sus2",
+    "sus4": "sus4", "7": "7dom", "m7": "7min", "maj7": "7maj", "m7b5": "7halfdim", "dim7": "7dim",
+    "augmaj7": "7aug", "9": "9maj", "7b9": "9min",
+}  # fmt: skip
+SCALES = {
+    "major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10),
+    "harmonic": (0, 2, 3, 5, 7, 8, 11), "dorian": (0, 2, 3, 5, 7, 9, 10),
+    "pentatonic": (0, 2, 4, 7, 9), "blues": (0, 3, 5, 6, 7, 10),
+}  # fmt: skip
+
+
+class Prompt(NamedTuple):
+    """What all pieces begin with."""
+
+    ids: list  # BOS first
+    first_V: np.ndarray | bool = True  # the tokens that new music may begin with
+    notes: int = 0  # how many it has
+    seconds: float = 0.0  # when new music begins
+    title: str = ""
+
+
+def read_prompt(args, tokenizer, grammar):
+    """Whatever the flags ask for -> the Prompt that all pieces begin with."""
+    bos = tokenizer["BOS_None"]
+    if args.prompt:
+        try:
+            ids = [bos, *file_ids(args, tokenizer)]
+            onsets = notes_of(to_score(ids, tokenizer))["time"]
+        except (Refused, midi_tokenize.Refused) as error:
+            raise Refused(f"--prompt {args.prompt}: {error}") from error
+        return Prompt(ids, True, len(onsets), onsets[-1], f"after {args.prompt.name}")
+    texts = [text for text in (args.chords, args.motif, args.scale) if text is not None]
+    if not texts:
+        return Prompt([bos])
+    score, end = text_to_score(args)
+    ids, moves, seconds = encode_text(score, end, tokenizer)
+    count = to_score(ids, tokenizer).note_num()
+    ids, first_V = go_on_after([bos, *ids], moves, tokenizer, grammar)
+    return Prompt(ids, first_V, count, seconds, f"after {' and '.join(texts)}")
+
+
+def file_ids(args, tokenizer):
+    """Of a MIDI file, the part that the flags ask for, as ids."""
+    score = midi_tokenize.read_midi(args.prompt)
+    if args.prompt_bars:
+        midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or bars for years
+        try:
+            bar_lines = [*get_bars_ticks(score), score.end()]
+        except ArithmeticError as error:
+            raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
+        score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
+    score = midi_tokenize.prepare(score, tokenizer)
+    if args.prompt_seconds:
+        count = np.searchsorted(notes_of(score)["time"], args.prompt_seconds)
+        score = first_notes(score, max(1, count))
+    return midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
 
 
 def parse_pitch(name):
@@ -122,9 +477,10 @@ def parse_pitch(name):
     match = re.fullmatch(r"([A-Ga-g])([#b]?)([0-8]?)", name)
     if match:
         letter, accidental, octave = match.groups()
-        pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter.upper()) + {"#": 1, "b": -1, "": 0}[accidental]
+        pitch = 12 * int(octave or 3) + 12 + "C.D.EF.G.A.B".index(letter.upper())
+        pitch += {"#": 1, "b": -1, "": 0}[accidental]
     if not match or not 21 <= pitch <= 108:
-        raise ValueError(f"{name!r} is not a note from A0 to C8; write C4, F#5, Bb3 or [C4,E4], without spaces")
+        raise Refused(f"{name!r} is no note from A0 to C8; write C4, F#5, Bb3 or [C4,E4]")
     return pitch
 
 
@@ -132,7 +488,7 @@ def parse_chord(name):
     """ "Dm7" -> [50, 53, 57, 60]"""
     root, kind = re.fullmatch(r"([A-Ga-g]?[#b]?)(.*)", name).groups()
     if kind not in CHORDS:
-        raise ValueError(f"{name!r} is not a chord; kinds: C{' C'.join(CHORDS)}")
+        raise Refused(f"{name!r} is no chord; kinds: C{' C'.join(CHORDS)}")
     return [parse_pitch(root) + interval for interval in CHORD_MAPS[CHORDS[kind]]]
 
 
@@ -145,68 +501,107 @@ def parse_scale(text):
     """ "D minor" -> [62, 64, 65, ...]: one octave, from the D above middle C"""
     root, _, kind = " ".join(text.lower().split()).partition(" ")
     if kind not in SCALES or not re.fullmatch("[a-g][#b]?", root):
-        raise ValueError(f"{text!r} is not a scale; write, for example, D minor; kinds: {' '.join(SCALES)}")
+        raise Refused(f"{text!r} is no scale such as D minor; kinds: {' '.join(SCALES)}")
     return [parse_pitch(root) % 12 + 60 + interval for interval in (*SCALES[kind], 12)]
 
 
+def read_words(text, parse, usual, bpm):
+    """ "Dm C:4" -> [([50, 53, 57], 2.0), ([48, 52, 55], 4.0)]: pitches and beats of each word"""
+    words = []
+    for word in text.split():
+        name, _, length = word.partition(":")
+        beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
+        if not 0.01 <= beats <= bpm / 7.5:  # tokens hold 16 beats at 120 bpm
+            raise Refused(f"{word!r}: at --bpm {bpm:g}, 0.01 to {bpm / 7.5:.3g} beats are possible")
+        words.append((parse(name), beats))
+    return words
+
+
 def text_to_score(args):
-    """--chords, --motif and --scale as a Score, sounding together where several are given."""
-    score, track = Score(480), Track()
+    """--chords, --motif and --scale, together, as a Score, and where it ends, rests included."""
+    score, track, end = Score(480), Track(), 0
     score.tempos.append(Tempo(0, args.bpm))
-    chords, motif = (args.chords or "").replace(",", " "), args.motif or ""
-    scale = " ".join(map(str, parse_scale(args.scale))) if args.scale is not None else ""
-    voices = (chords, parse_chord, 2), (motif, parse_motif, 1), (scale, lambda pitch: [int(pitch)], 0.5)
-    for text, parse, usual in voices:
+    voices = [
+        read_words((args.chords or "").replace(",", " "), parse_chord, 2, args.bpm),
+        read_words(args.motif or "", parse_motif, 1, args.bpm),
+        [([pitch], 0.5) for pitch in parse_scale(args.scale)] if args.scale is not None else [],
+    ]
+    for voice in voices:
         now = 0
-        for word in text.split():
-            name, _, length = word.partition(":")
-            beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
-            if not 0.01 <= beats <= args.bpm / 7.5:  # tokens hold 16 beats at 120 bpm
-                raise ValueError(f"{word!r}: at --bpm {args.bpm:g} a length is from 0.01 to {args.bpm / 7.5:.3g} beats")
-            for pitch in parse(name):
+        for pitches, beats in voice:
+            for pitch in pitches:
                 track.notes.append(Note(round(480 * now), round(480 * beats), pitch, 72))
             now += beats
+        end = max(end, round(480 * now))
     if not track.notes:
-        raise ValueError("--chords, --motif and --scale: there is no note in them")
+        raise Refused("--chords, --motif and --scale: there is no note in them")
     score.tracks.append(track)
+    return score, end
+
+
+def encode_text(score, end, tokenizer):
+    """A Score and its end in ticks -> ids, the base tokens that then move on to its end, seconds.
+
+    Encoded as it is, it would begin with its first note and end with its last. So an unused key is
+    struck at either end, which shows how tokens count that time, and is taken out again.
+    """
+    unused = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
+    score.tracks[0].notes.extend([Note(0, 1, unused, 64), Note(end, 1, unused, 64)])
+    score = midi_tokenize.prepare(score, tokenizer)
+    track, seconds = score.tracks[0], notes_of(score)["time"][-1]
+    kept = [note.copy() for note in track.notes if note.pitch != unused]
+    end_mark = track.notes[-1].copy()
+    track.notes = kept
+    ids = midi_tokenize.encode(score, tokenizer)
+    track.notes = [*kept, end_mark]
+    marked = midi_tokenize.encode(score, tokenizer)
+    after = spell(marked, tokenizer)[len(spell(ids, tokenizer)) :]
+    kinds = [name.split("_")[0] for name in after]
+    return ids, after[: kinds.index("Pitch")], seconds
+
+
+def go_on_after(ids, moves, tokenizer, grammar):
+    """Add the base tokens `moves` to ids, and tell with which tokens new music may begin then.
+
+    The last of them are left to the first new token. It may be one in which BPE has joined them
+    with a note, as in the training data, where they seldom stand alone.
+    """
+    names = base_tokens(tokenizer)
+    for count in range(len(moves)):
+        begun, missing = ids + [tokenizer[name] for name in moves[:count]], moves[count:]
+        first_V = np.array([parts[: len(missing)] == missing for parts in names])
+        first_V &= np.array(grammar.allows(grammar.after(begun))[0])
+        if first_V.any():
+            return begun, first_V
+    return ids, True
+
+
+# ---- music to files ------------------------------------------------------------------------------
+
+
+def to_score(ids, tokenizer):
+    """Ids -> Score whose notes end before their key is struck again; Refused if there are none."""
+    decoded = pedal_to_controls(tokenizer.decode([ids]))
+    score = midi_tokenize.prepare(decoded, tokenizer)
+    begin = decoded.tracks[0].notes.numpy()["time"].min()
+    # prepare may let a piece begin at once: put back the rest before its first note
+    score.tracks[0].shift_time(int(begin) - score.tracks[0].notes[0].time, inplace=True)
     return score
 
 
-def read_prompt(args, tokenizer):
-    """Whatever the flags ask for -> the ids that all pieces begin with; none without a prompt."""
-    if args.prompt:
-        try:
-            score = midi_tokenize.read_midi(args.prompt)
-            if args.prompt_bars:
-                midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or bars for years
-                bar_lines = [*get_bars_ticks(score), score.end()]
-                score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
-            score = midi_tokenize.prepare(score, tokenizer)
-            if args.prompt_seconds:
-                score = first_notes(score, max(1, begun_within(score, args.prompt_seconds)))
-            ids = midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
-            to_score(ids, tokenizer)  # refuses too few tokens for a note
-            return ids
-        except (ValueError, ArithmeticError) as error:  # some bars have no length
-            raise ValueError(f"--prompt {args.prompt}: {error}") from error
-    if (args.chords, args.scale, args.motif) == (None, None, None):
-        return []
-    score = midi_tokenize.prepare(text_to_score(args), tokenizer)
-    ids = midi_tokenize.encode(score, tokenizer)
-    if "Bar" in tokenizer.tokens_types_graph["Bar"]:  # go on in the bar where the text ends
-        bar = 4 * score.ticks_per_quarter
-        ids += [tokenizer["Bar_None"]] * (score.end() // bar - score.tracks[0].notes[-1].time // bar)
-    return ids
-
-
-def begun_within(score, seconds):
-    """How many notes begin within so many seconds."""
-    return int(np.searchsorted(notes_of(score)["time"], seconds))
+def pedal_to_controls(score):
+    """Pedal as control changes, the only form in which MIDI files have it."""
+    for track in score.tracks:
+        for pedal in track.pedals:
+            track.controls.append(ControlChange(pedal.time, 64, 127))
+            track.controls.append(ControlChange(pedal.end, 64, 0))
+    return score
 
 
 def first_notes(score, count):
     """Only so many notes, and the pedal while they sound."""
     part = score.clip(0, score.tracks[0].notes[:count][-1].time + 1)
+    part.tracks[0].notes = part.tracks[0].notes[:count]
     last = max(note.end for note in part.tracks[0].notes)
     for pedal in part.tracks[0].pedals:
         pedal.duration = min(pedal.duration, last - pedal.time)
@@ -214,576 +609,643 @@ def first_notes(score, count):
 
 
 def notes_of(score):
-    """Notes as arrays: time and duration in seconds, pitch, velocity."""
+    """Notes as arrays, by time and pitch: time and duration in seconds, pitch, velocity."""
     return score.to("second").tracks[0].notes.numpy()
 
 
-# ---------------------------------------------------------------- the grammar of music, as a mask over tokens
+class Piece(NamedTuple):
+    """A piece that was drawn. The best ones get a title, and are written."""
+
+    draw: Draw
+    score: Score
+    notes: dict
+    given: int  # how many of its first notes are the prompt's
+    cut: bool  # by --max_tokens
+    points: float  # by which it is chosen
+    figures: dict  # what a listener may ask about it
+    title: str = ""
+
+    @property
+    def name(self):
+        return f"seed{self.draw.seed}_temperature{self.draw.temperature}"
 
 
-def base_tokens(tokenizer):
-    """What every id stands for: its "Kind_value" tokens, several where BPE has joined them."""
-    if not tokenizer.is_trained:
-        return [[name] for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
-    joined = tokenizer._vocab_learned_bytes_to_tokens
-    return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
+def finish(draw, ids, prompt, seconds, tokenizer):
+    """What was drawn, as a Piece: without notes that begin after so many seconds of new music.
 
-
-KEEP = -9  # in place of a number: leaves it as it was
-NOTHING = 999  # in place of a position or pitch: comes after all of them
-
-
-class Grammar(NamedTuple):
-    """Which tokens may come next, given a state: the last kind of token, position in the bar and pitch of the chord.
-
-    Kinds follow each other as the tokenizer's own graph says. Within a bar positions rise, and within a chord pitches,
-    as they always do in training data: so time never runs backwards and no note is struck twice.
+    If it was cut, its last bar may be half a bar, and goes.
     """
-
-    follows_KV: jax.Array  # may this token come after a token of that kind?
-    first_V2: jax.Array  # position and pitch that it begins with; NOTHING where it brings none
-    after_V3: jax.Array  # the state that it leaves; KEEP where it changes nothing
-
-    def allows(self, state_B3):
-        rises_BV = (self.first_V2 > state_B3[:, None, 1:]).all(axis=-1)
-        return self.follows_KV[state_B3[:, 0]] & rises_BV
-
-    def after(self, tokens):
-        """The state [3] after these tokens of one piece, of which the first is BOS."""
-        history_N3 = np.array(self.after_V3)[tokens]
-        return jnp.array([column[column != KEEP][-1] for column in history_N3.T])  # the last that changed it
-
-    def step(self, state_B3, token_B):
-        after_B3 = self.after_V3[token_B]
-        return jnp.where(after_B3 == KEEP, state_B3, after_B3)
-
-
-def last_place(parts, unknown, fresh):
-    """Position and pitch where these base tokens end; pitch is `fresh` in a new position, both in a new bar."""
-    position = pitch = unknown
-    for kind, value in parts:
-        if kind in ("BOS", "Bar"):
-            position = pitch = fresh
-        elif kind == "Position":
-            position, pitch = int(value), fresh
-        elif kind == "Pitch":
-            pitch = int(value)
-    return position, pitch
+    score = to_score(ids, tokenizer)
+    onsets = notes_of(score)["time"]
+    count = np.searchsorted(onsets, prompt.seconds + seconds)
+    in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
+    cut = in_time and not has_end
+    if cut:
+        ticks = score.tracks[0].notes.numpy()["time"]
+        last_bar = max(line for line in get_bars_ticks(score) if line <= ticks[-1])
+        whole = np.searchsorted(ticks, last_bar)
+        count = whole if whole > prompt.notes else count
+    if count <= prompt.notes:
+        raise Refused("no new note")
+    score = first_notes(score, count)
+    notes = notes_of(score)
+    points, figures = judge(notes, prompt.notes, in_time and has_end)
+    return Piece(draw, score, notes, prompt.notes, cut, points, figures)
 
 
-def build_grammar(tokenizer, pitch_classes=range(12)):
-    """The grammar of this tokenizer's tokens; of those with notes, only those with nothing but these pitch classes."""
-    graph = tokenizer.tokens_types_graph | {"BOS": {"Bar"}}
-    kinds = [kind for kind in graph if kind not in ("PAD", "EOS", "PitchDrum")]
-    follows_KV = np.zeros((len(kinds), len(tokenizer)), bool)
-    first_V2 = np.full((len(tokenizer), 2), NOTHING)
-    after_V3 = np.full((len(tokenizer), 3), KEEP)
-    for token, parts in enumerate(base_tokens(tokenizer)):
-        parts = [part.split("_") for part in parts]
-        if parts and parts[-1][0] in kinds:  # BPE has one token of nothing
-            first_V2[token] = last_place(reversed(parts), NOTHING, NOTHING)  # the last, read backwards, is the first
-            after_V3[token] = kinds.index(parts[-1][0]), *last_place(parts, KEEP, -1)
-            in_scale = all(kind != "Pitch" or int(value) % 12 in pitch_classes for kind, value in parts)
-            follows_KV[:, token] = [in_scale and parts[0][0] in graph[kind] for kind in kinds]
-    follows_KV[:, tokenizer["EOS_None"]] = ["Bar" in graph[kind] and kind != "BOS" for kind in kinds]
-    return Grammar(*map(jnp.array, (follows_KV, first_V2, after_V3)))
+def without_prompt(piece):
+    """The Piece as if it began with its new notes."""
+    begin = piece.score.tracks[0].notes[piece.given].time
+    score = piece.score.clip(begin, piece.score.end() + 1)
+    score.tracks[0].notes = piece.score.tracks[0].notes[piece.given :]
+    score.tracks[0].shift_time(-begin, inplace=True)
+    return piece._replace(score=score, notes=notes_of(score), given=0)
 
 
-# ---------------------------------------------------------------- drawing a token
+def bar_seconds(score):
+    """How long a bar takes at the begin of a piece."""
+    beats = 4.0
+    if score.time_signatures:
+        beats = 4 * score.time_signatures[0].numerator / score.time_signatures[0].denominator
+    return 60 * beats / score.tempos[0].qpm
 
 
-def filter_logits(logits_BV, top_k, top_p, min_p):
-    """Set to -inf all but the top_k likeliest, all past the likeliest that sum to top_p, all below min_p x the best."""
-    least_B1 = logits_BV.max(axis=-1, keepdims=True) + jnp.log(min_p)
-    if top_k or top_p < 1:  # sorting the vocabulary costs more than all the rest
-        sorted_BV = jnp.sort(logits_BV, descending=True)
-        p_BV = jax.nn.softmax(sorted_BV)
-        likelier_BV, rank_V = jnp.cumsum(p_BV, axis=-1) - p_BV, jnp.arange(logits_BV.shape[-1])
-        kept_BV = (likelier_BV < top_p) & (rank_V < (top_k or math.inf))
-        least_B1 = jnp.maximum(least_B1, jnp.where(kept_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True))
-    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+def write(folder, pieces):
+    """A .mid file for each Piece, and the page with all of them: their paths."""
+    entries, paths = [], [folder / "index.html"]
+    for piece in pieces:
+        midi = pedal_to_controls(piece.score).dumps_midi()
+        paths.append(folder / f"{piece.name}.mid")
+        with atomic_write(paths[-1]) as file:
+            file.write(midi)
+        rows = np.stack([*piece.notes.values()], axis=1).astype(float).round(3)
+        entry = {"title": piece.title, "name": piece.name, "given": piece.given, "cut": piece.cut}
+        entry["detail"] = f"seed {piece.draw.seed}, temperature {piece.draw.temperature}"
+        entry |= {"bar": bar_seconds(piece.score), "notes": rows.tolist()}
+        entry["figures"] = list(piece.figures.items())
+        entry["midi"] = base64.b64encode(midi).decode()
+        entries.append(entry)
+    write_page(paths[0], entries)
+    return paths
 
 
-def pick(logits_BV, keys_B, temperature_B, filters):
-    """Filter, then draw one token a row; at temperature 0 take the likeliest."""
-    scaled_BV = logits_BV / jnp.maximum(temperature_B, 1e-6)[:, None]
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(scaled_BV, *filters))
-    return jnp.where(temperature_B > 0, drawn_B, logits_BV.argmax(axis=-1))
+def write_page(path, entries):
+    """The page with all pieces on it, each a dict as in `write`, with rows of notes."""
+    data = json.dumps(entries).replace("<", "\\u003c")  # nothing in it can end the script
+    with atomic_write(path) as file:
+        file.write(PAGE.replace("PIECES", data, 1).encode())
 
 
-# ---------------------------------------------------------------- generating: read the prompt, then a compiled loop
+# ---- choosing the best ---------------------------------------------------------------------------
+
+# How often each step above the tonic is heard in a key (Temperley 2001), and those of its scale.
+KEYS = {
+    "major": ((5, 2, 3.5, 2, 4.5, 4, 2, 4.5, 2, 3.5, 1.5, 4), (0, 2, 4, 5, 7, 9, 11)),
+    "minor": ((5, 2, 3.5, 4.5, 2, 4, 2, 4.5, 3.5, 2, 1.5, 4), (0, 2, 3, 5, 7, 8, 10, 11)),
+}
+PITCHES = "C C# D Eb E F F# G Ab A Bb B".split()
 
 
-class TransposedMatrix(NamedTuple):
-    """A matrix [I, O] kept as [O, I], in float32 or bfloat16, which a CPU multiplies faster with one token or a few."""
+def judge(notes, given, ended):
+    """The points of a piece, of which the best of several has most, and figures. It gets
 
-    weight_OI: jax.Array
-
-    def __rmatmul__(self, x):
-        def multiply(x_NI, weight_OI):
-            weight_OI = weight_OI.astype(x.dtype)
-            return (x_NI @ weight_OI.T).T if len(x_NI) == 1 else weight_OI @ x_NI.T  # the same; each is faster there
-
-        x_NI = x.reshape(-1, x.shape[-1])
-        # a branch of its own, though always taken: else XLA computes the norm or SiLU of x anew for every output
-        otherwise = lambda x_NI, weight_OI: jnp.full((len(weight_OI), len(x_NI)), jnp.nan, x.dtype)
-        product_ON = jax.lax.cond(jnp.isfinite(x_NI[0, 0]), multiply, otherwise, x_NI, self.weight_OI)
-        return product_ON.T.reshape(*x.shape[:-1], -1)
-
-
-def to_device(model, precision, rows):
-    """The model on this device, fit to compose so many pieces at once, in the precision that it was trained in.
-
-    A CPU's time goes into reading the matrices of all blocks for every token. They alone have that precision there;
-    several tokens take longer to multiply than to read them, so then their values are turned back to float32.
+    - one if it came to an end by itself,
+    - two more if that is a long chord on the tonic of the key that it began in,
+    - one if its new notes (all but the first `given`) go on for 30 s,
+    - one if it never repeats a figure for over 8 s, or strikes a key over 32 times running,
+    - one if it is never silent for 2 s,
+    - half a one for each tenth of its new notes that are in that key.
     """
-    if jax.default_backend() != "cpu":
-        return jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
-    kept = precision if rows == 1 else "float32"
-    transpose = lambda leaf: TransposedMatrix(leaf.T.astype(precision).astype(kept)) if leaf.ndim == 2 else leaf
-    model = jax.tree.map(jnp.array, model)
-    return eqx.tree_at(lambda model: model.blocks, model, [jax.tree.map(transpose, block) for block in model.blocks])
+    onset, end, pitch = notes["time"], notes["time"] + notes["duration"], notes["pitch"]
+    tonic, mode = find_key({name: column[onset < onset[0] + 30] for name, column in notes.items()})
+    in_key = np.isin((pitch[given:] - tonic) % 12, KEYS[mode][1]).mean()
+    bass = pitch[end > onset[-1]].min()  # of all that sounds with the last note
+    home = ended and bass % 12 == tonic and end.max() - onset[-1] >= 1
+    lasts = onset[-1] - onset[given] >= 30
+    loop, strikes = longest_loop(notes), most_strikes(notes)
+    silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
+    points = ended + 2 * home + lasts + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key
+
+    words = ["ends by itself, on a long chord on the tonic" if home else "ends by itself"]
+    if not ended:
+        words = ["does not come to an end"]
+    if loop > 8:
+        words.append(f"repeats a figure for {loop:.0f} s")
+    if strikes > 32:
+        words.append(f"strikes a key {strikes} times running")
+    if silence >= 2:
+        words.append(f"is silent for {silence:.0f} s")
+    key = f"{PITCHES[tonic]} {mode}, with {in_key:.0%} of the new notes"
+    return points, {"chosen": "; ".join(words), "key": key}
 
 
-class Music(NamedTuple):
-    """Pieces in the making, all of one length so far. One that has ended goes on with EOS."""
-
-    tokens_BN: jax.Array
-    length: jax.Array
-    begin: jax.Array  # of the window that the model sees
-    cache: list  # keys and values of the window, but for its last token
-    state_B3: jax.Array  # where the grammar stands
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def read_window(model, tokens_BT, cache):
-    """Fill the cache with tokens that stand at positions 0, 1, ..."""
-    return model(tokens_BT, cache=cache)[1]
+def find_key(notes):
+    """The tonic (0 is C) and mode whose profile is most like how long each pitch class sounds."""
+    heard = np.bincount(notes["pitch"] % 12, notes["duration"], minlength=12)
+    fits = {}
+    for mode, (profile, _) in KEYS.items():
+        for tonic in range(12):
+            fits[tonic, mode] = np.corrcoef(np.roll(profile, tonic), heard)[0, 1]
+    return max(fits, key=fits.get)
 
 
-# without fast math, which leaves the order of a sum open, jax 0.12 adds up products with bfloat16 one by one
-@functools.partial(jax.jit, donate_argnames="music", static_argnames="filters",
-                   compiler_options={"xla_cpu_enable_fast_math": True})  # fmt: skip
-def continue_music(model, grammar, music, steps, keys_B, temperature_B, filters, eos, may_end):
-    """Add `steps` tokens to all pieces. What a row draws depends on its seed and its length alone."""
-
-    def add_token(_, music):
-        tokens_BN, length, begin, cache, state_B3 = music
-        last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
-        logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
-        allowed_BV = grammar.allows(state_B3) & ((jnp.arange(model.cfg.vocab_size) != eos) | (length >= may_end))
-        logits_BV = jnp.where(allowed_BV, logits_B1V[:, 0], -jnp.inf)
-        draw_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
-        token_B = jnp.where(last_B1[:, 0] == eos, eos, pick(logits_BV, draw_keys_B, temperature_B, filters))
-        tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
-        return Music(tokens_BN, length + 1, begin, cache, grammar.step(state_B3, token_B))
-
-    return jax.lax.fori_loop(0, steps, add_token, music)
-
-
-def generate(model, prompt, seeds, temperatures, grammar, eos, max_tokens, min_tokens=0, filters=(0, 1.0, 0.0),
-             window_drop=None, is_enough=None):  # fmt: skip
-    """Continue `prompt` (ids, BOS first) for each seed and temperature; returns lists of ids and tokens per second.
-
-    The model sees `context` tokens at most. Whenever they are full, the oldest `window_drop` are forgotten, and the
-    others read again: they stand at other positions now, and these are learned and part of all keys and values.
-    With rotary positions, which are relative, each new token takes the place of the oldest and nothing is read again.
-    """
-    rows, length, context = len(seeds), len(prompt), model.cfg.context
-    total, drop = length + max_tokens, 1 if model.cfg.rotary else window_drop or context // 2
-    begin = drop * max(0, math.ceil((length - context) / drop))
-    longest = math.inf if model.cfg.rotary else context
-    tokens_BN = np.full((rows, total), eos, np.int32)
-    tokens_BN[:, :length] = prompt
-
-    slots = min(context, 64 * math.ceil(total / 64))  # a short piece needs no cache for a whole context
-    cache = empty_cache(model.cfg, 1, model.token_VD.dtype, slots)
-    if length - 1 > begin:
-        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)  # once, for all pieces begin alike
-    cache, state_B3 = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), (cache, grammar.after(prompt)[None]))
-    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state_B3)
-    keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
-    fixed = keys_B, np.array(temperatures, np.float32), filters, eos, length + min_tokens
-
-    music = continue_music(model, grammar, music, 0, *fixed)  # compiles
-    started = time.perf_counter()
-    with tqdm(total=rows * max_tokens, unit=" tokens", desc="composing") as bar:
-        while length < total and (tokens_BN[:, length - 1] != eos).any():
-            room = begin + longest + 1 - length  # tokens, before the window has to be read again
-            if room < 1:
-                begin, room = begin + drop, room + drop
-                cache = read_window(model, tokens_BN[:, begin : length - 1], music.cache)
-                music = music._replace(cache=cache, begin=jnp.int32(begin))
-            steps = min(32, total - length, room)
-            music = continue_music(model, grammar, music, steps, *fixed)
-            length += steps
-            tokens_BN = np.array(music.tokens_BN)
-            bar.update(np.count_nonzero(tokens_BN[:, length - steps : length] != eos))  # those that have ended add none
-            if is_enough:
-                tokens_BN[[is_enough(row[1:length].tolist()) for row in tokens_BN], length - 1] = eos
-                music = music._replace(tokens_BN=jnp.array(tokens_BN))
-        bar.total = bar.n  # pieces may end early
-    seconds = time.perf_counter() - started
-    pieces = [row[1 : row.index(eos) if eos in row else None] for row in tokens_BN.tolist()]
-    return pieces, (sum(map(len, pieces)) - rows * (len(prompt) - 1)) / seconds
-
-
-# ---------------------------------------------------------------- is it new, is it music?
-
-
-def longest_copies(samples, train, tokenizer):
-    """How many successive notes of each sample (pitches), at the most, also stand in train (ids), in whatever key."""
-    steps_of = lambda pitches: np.diff(np.frombuffer(pitches, np.int8)).tobytes()  # semitones: the same in any key
-    pitches = [bytes(int(part[6:]) for part in parts if part.startswith("Pitch_")) for parts in base_tokens(tokenizer)]
-    pitches[tokenizer["BOS_None"]] = b"\xff"
-    pieces = b"".join(pitches[token] for token in memoryview(train)).split(b"\xff")
-    known = b"\x7f".join(map(steps_of, pieces))  # 127 is no step of a keyboard
-    longest = []
-    for sample in samples:
-        steps, length = steps_of(bytes(sample.tolist())), 0
-        for begin in range(len(steps)):
-            while begin + length < len(steps) and steps[begin : begin + length + 1] in known:
-                length += 1
-        longest.append(length + 1 if length else 0)
+def longest_loop(notes):
+    """Seconds of the longest passage that plays a figure of 1 to 64 notes three times or more."""
+    pitch, onset, longest = notes["pitch"], notes["time"], 0.0
+    for length in range(1, min(64, len(pitch) // 3) + 1):
+        begins, ends = runs(pitch[length:] == pitch[:-length])
+        is_loop = ends - begins >= 2 * length
+        seconds = onset[ends[is_loop] + length - 1] - onset[begins[is_loop]]
+        longest = max(longest, seconds.max(initial=0))
     return longest
 
 
-FIGURES = "pitch-class entropy", "scale consistency", "polyphony", "notes a second", "groove"
+def most_strikes(notes):
+    """How many times running a key is struck, at the most, never 0.4 s apart."""
+    order = np.lexsort((notes["time"], notes["pitch"]))
+    same_key, near = np.diff(notes["pitch"][order]) == 0, np.diff(notes["time"][order]) < 0.4
+    begins, ends = runs(same_key & near)
+    return (ends - begins).max(initial=0) + 1
 
 
-def measure(notes):
-    """The FIGURES of a piece, by the definitions of MusPy (Dong et al. 2020).
-
-    Entropy is in bits; scale consistency the share of notes in the best major or minor scale; polyphony the number of
-    notes that sound, while any does; groove consistency 1 - the share of sixteenths, of bars of 2 s, on which one of
-    two neighbouring bars has an onset and the other has none.
-    """
-    start = notes["time"] - notes["time"][0]  # what follows a prompt begins late
-    end = start + notes["duration"]
-    share = np.bincount(notes["pitch"] % 12, minlength=12) / len(start)
-    entropy = -sum(p * np.log2(p) for p in share if p > 0)
-    in_scale = [np.roll(share, -root)[list(SCALES[kind])].sum() for root in range(12) for kind in ("major", "minor")]
-    pauses = (start[1:] - np.maximum.accumulate(end)[:-1]).clip(0).sum()
-    polyphony = (end - start).sum() / (end.max() - pauses)
-    sixteenths = (start * 8).astype(int)
-    bars = np.zeros((sixteenths[-1] // 16 + 1, 16), bool)
-    bars.flat[sixteenths] = True
-    groove = 1 - (bars[1:] != bars[:-1]).mean() if len(bars) > 1 else math.nan
-    return entropy, max(in_scale), polyphony, len(start) / end.max(), groove
+def runs(flags):
+    """Where the runs of true begin and end, as slices do."""
+    changes = np.flatnonzero(np.diff(flags.astype(int), prepend=0, append=0))
+    return changes[::2], changes[1::2]
 
 
-def overlap(a, b):
-    """Overlap area, 0 to 1, of the densities of two lists of numbers (Yang & Lerch 2020), by Gaussian kernels."""
-    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
-    everything = np.concatenate([a, b])
-    width = everything.std() * len(everything) ** -0.2 + 1e-9  # Scott's rule
-    grid = np.linspace(everything.min() - 4 * width, everything.max() + 4 * width, 1000)
-    density = lambda numbers: np.exp(-(((grid - numbers[:, None]) / width) ** 2) / 2).mean(axis=0)
-    return np.minimum(density(a), density(b)).sum() / density(a).sum()
+def intervals(pitches):
+    """Semitones from note to note, a byte each: the same in any key."""
+    return np.diff(pitches).astype(np.int8).tobytes()
 
 
-def compare(samples, folder, tokenizer, tokenizer_sha256):
-    """One line about each sample (notes), with the mean of as long a part of held-out pieces in brackets."""
-    figures = np.array([measure(notes) for notes in samples])
+def read_intervals(folder, tokenizer, tokenizer_sha256):
+    """The intervals of all training music, to look for copies in; None if it is not at hand."""
+    meta = folder / "meta.json"
+    facts = json.loads(meta.read_text()) if meta.exists() else {}
+    if facts.get("tokenizer_sha256") != tokenizer_sha256:
+        print(f"{folder}: not the training data, so no look for copies; name it with --data")
+        return None
+    pitches_V = []
+    for names in base_tokens(tokenizer):
+        pitches_V.append(bytes(int(name[6:]) for name in names if name.startswith("Pitch_")))
+    pitches_V[tokenizer["BOS_None"]] = b"\xff"  # no pitch: another piece begins
+    train = np.memmap(folder / "train.bin", facts["dtype"], "r")
+    pieces = b"".join(pitches_V[token] for token in train.tolist()).split(b"\xff")
+    steps = [intervals(np.frombuffer(piece, np.int8)) for piece in pieces]
+    return b"\x7f".join(steps)  # 127 is no interval
+
+
+def longest_copy(pitches, known):
+    """How many successive notes, at the most, also stand in the training music, in whatever key."""
+    steps, length = intervals(pitches), 0
+    for begin in range(len(steps)):
+        while begin + length < len(steps) and steps[begin : begin + length + 1] in known:
+            length += 1
+    return length + 1 if length else 0
+
+
+def choose(pieces, known):
+    """The Piece with most points of those that copy at most half of their notes."""
+    pieces = sorted(pieces, key=lambda piece: -piece.points)
+    compared = []
+    for piece in pieces if known else []:
+        pitches = piece.notes["pitch"][piece.given :]
+        copied = longest_copy(pitches, known)
+        words = f"{copied} of {len(pitches)} notes also stand in the training music"
+        compared.append(piece._replace(figures=piece.figures | {"longest copy": words}))
+        if copied <= len(pitches) / 2:
+            return compared[-1]
+    return [*compared, *pieces][0]
+
+
+# ---- the steps, in order -------------------------------------------------------------------------
+
+
+def check_flags(parser, args):
+    """Refuse what would be passed over, or give other music than was asked for."""
+    limits = {"temperatures": (0, 100), "top_p": (1e-6, 1), "min_p": (0, 1), "top_k": (0, 10**6)}
+    limits |= {"best_of": (1, 10**4), "max_tokens": (1, 10**6), "bpm": (10, 500)}
+    for name, (low, high) in limits.items():
+        for value in np.atleast_1d(getattr(args, name)):
+            if not low <= value <= high:
+                parser.error(f"--{name} {value}: must be from {low} to {high}")
+    has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
+    if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
+        parser.error("--prompt_tokens, --prompt_seconds, --prompt_bars: of what --prompt?")
+    if args.prompt and has_text:
+        parser.error("--prompt is a file, --chords, --scale and --motif are text: choose one")
+    if args.bpm != parser.get_default("bpm") and not has_text:
+        parser.error(f"--bpm {args.bpm:g}: is the speed of --chords, --scale or --motif; add one")
+
+
+def load_run(folder):
+    """The model, on this device, its tokenizer, and what the checkpoint says of itself."""
+    paths = [folder / "best.ckpt", folder / "last.ckpt"]  # at first a run only has the latter
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise Refused(f"--run {folder}: no folder with a checkpoint; make one: python train.py")
+
+    def like(facts):
+        return {"model": Decoder(Config(**facts["config"]), jax.random.key(0))}
+
+    trees, facts = load(path, like)
+    model, tokenizer = trees["model"], midi_tokenize.load_tokenizer(folder / "tokenizer.json")
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    if facts.get("tokenizer_sha256") != digest or len(tokenizer) != model.cfg.vocab_size:
+        raise Refused(f"{folder}: tokenizer.json is not the one that the model was trained with")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model)):
+        raise Refused(f"{path}: not all of its weights are numbers: training has diverged")
+    if not facts.get("step"):
+        print(f"{path} has not been trained: expect noise")
+    precision = facts.get("flags", {}).get("precision", "float32")
+    if jax.default_backend() == "cpu":
+        precision = "float32"  # which is fastest there
+    model = jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
+    return model, tokenizer, facts
+
+
+def make_folder(args):
+    """--out, or a reason why not, before anything is composed."""
     try:
-        facts = json.loads((folder / "meta.json").read_text())
-        if facts["tokenizer_sha256"] != tokenizer_sha256:
-            raise ValueError("made with another tokenizer")
-        train, val = (np.memmap(folder / f"{side}.bin", facts["dtype"], "r") for side in ("train", "val"))
-        begins = np.flatnonzero(val == tokenizer["BOS_None"])
-        spans = zip(begins[:64], [*begins[1:], len(val)])
-        held_out = [notes_of(to_score(val[begin:end].tolist(), tokenizer)) for begin, end in spans]
-        copies = longest_copies([notes["pitch"] for notes in samples], train, tokenizer)
-    except Exception as error:  # whatever missing or damaged data makes json, numpy and miditok raise
-        print(f"{folder}: no training data to compare with ({error}); name its folder with --data")
-        return [", ".join(f"{name} {value:.2f}" for name, value in zip(FIGURES, row)) for row in figures]
-
-    longest = max(len(notes["time"]) for notes in samples)
-    usual = np.array([measure({key: column[:longest] for key, column in notes.items()}) for notes in held_out])
-    if len(samples) >= 16:  # enough for distributions
-        areas = [f"{name} {overlap(*columns):.2f}" for name, *columns in zip(FIGURES, figures.T, usual.T)]
-        print(f"overlap of {len(samples)} samples with {len(usual)} held-out pieces: {', '.join(areas)}")
-    lines, means = [], np.nanmean(usual, axis=0)
-    for row, notes, copied in zip(figures, samples, copies):
-        count = len(notes["time"])
-        parts = [f"{name} {value:.2f} ({mean:.2f})" for name, value, mean in zip(FIGURES, row, means)]
-        lines.append(f"longest copy {copied} of {count} notes = {copied / count:.0%}, {', '.join(parts)}")
-    return lines
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # can it be written to?
+    except OSError as error:
+        raise Refused(f"--out {args.out}: {error.strerror}") from error
+    if args.prompt and args.prompt.resolve().parent == args.out.resolve():
+        raise Refused(f"--prompt {args.prompt}: lies in --out, whose files are replaced")
 
 
-# ---------------------------------------------------------------- music to files
+def compose(args, model, tokenizer, grammar, prompt):
+    """For each seed and temperature, the Pieces to choose from, by name; and tokens per second."""
+    draws, seconds = [], args.seconds or math.inf
+    for seed in dict.fromkeys(range(args.num_samples) if args.num_samples else args.seeds):
+        for temperature in dict.fromkeys(args.temperatures):
+            count = args.best_of if temperature > 0 else 1  # greedy, all would be the same
+            draws += [Draw(seed, temperature, candidate) for candidate in range(count)]
+
+    def is_enough(ids):
+        score = tokenizer.decode([ids]).to("second")
+        return score.clip(prompt.seconds + seconds, math.inf).note_num() > 0
+
+    settings = Settings(*(getattr(args, name) for name in Settings._fields))
+    stop = is_enough if args.seconds else None
+    drawn, tokens_per_second = generate(model, grammar, prompt, draws, settings, stop)
+    choices = {}
+    for draw, ids in zip(draws, drawn):
+        try:
+            piece = finish(draw, ids, prompt, seconds, tokenizer)
+        except (Refused, midi_tokenize.Refused) as error:
+            print(f"seed {draw.seed}, draw {draw.candidate + 1}: left out: {error}")
+        else:
+            choices.setdefault(piece.name, []).append(piece)
+    return choices, tokens_per_second
 
 
-def to_score(ids, tokenizer):
-    """Ids -> Score in which every note ends before its key is struck again; ValueError where there are no notes."""
-    return midi_tokenize.prepare(pedal_to_controls(tokenizer.decode([ids])), tokenizer)
+def main(args):
+    model, tokenizer, facts = load_run(args.run)
+    if args.window_drop is not None and model.cfg.rotary:
+        raise Refused(f"--window_drop {args.window_drop}: with rotary positions it is always 1")
+    if args.window_drop is not None and not 0 < args.window_drop < model.cfg.context:
+        limit = model.cfg.context - 1  # something has to be left
+        raise Refused(f"--window_drop {args.window_drop}: must be from 1 to {limit}")
+    scale = parse_scale(args.scale_lock) if args.scale_lock is not None else range(12)
+    grammar = build_grammar(tokenizer, {pitch % 12 for pitch in scale})
+    prompt = read_prompt(args, tokenizer, grammar)
+    make_folder(args)
+
+    choices, tokens_per_second = compose(args, model, tokenizer, grammar, prompt)
+    if not choices:
+        raise Refused("nothing was composed; try other --seeds or more --max_tokens")
+    data = args.data or Path(facts.get("data", "data"))
+    known = read_intervals(data, tokenizer, facts["tokenizer_sha256"])
+    pieces = []
+    for number, candidates in enumerate(choices.values(), start=1):
+        piece = choose(candidates, known)
+        piece.figures["chosen"] = f"best of {len(candidates)}: {piece.figures['chosen']}"
+        piece = piece._replace(title=prompt.title or f"Piece {number}")
+        pieces.append(without_prompt(piece) if args.only_generated else piece)
+    try:
+        paths = write(args.out, pieces)
+    except OSError as error:
+        raise Refused(f"--out {args.out}: not all was written ({error.strerror})") from error
+    for piece in pieces:
+        print(f"{piece.name}: " + "; ".join(map(": ".join, piece.figures.items())))
+    print(f"tokens_per_second={tokens_per_second:.1f}", *paths, sep="\n")
 
 
-def pedal_to_controls(score):
-    """Pedal as control changes, the only form in which MIDI files have it."""
-    for track in score.tracks:
-        for pedal in track.pedals:
-            track.controls.extend([ControlChange(pedal.time, 64, 127), ControlChange(pedal.end, 64, 0)])
-    return score
+# ---- the page ------------------------------------------------------------------------------------
 
-
-SAMPLE_RATE = 32_000  # of .wav files
-
-
-@functools.cache
-def tone(pitch, loudness):
-    """A struck string that rings on: decaying, slightly stretched partials, brighter when loud (0 to 3)."""
-    frequency, k = 440 * 2 ** ((pitch - 69) / 12), np.arange(1, 17, dtype=np.float32)[:, None]
-    time = np.arange(int(SAMPLE_RATE * 5 * 2 ** ((60 - pitch) / 36)), dtype=np.float32) / SAMPLE_RATE
-    partial = frequency * k * (1 + 3e-4 * k * k) ** 0.5
-    level = k ** (0.25 * loudness - 2.1) * abs(np.sin(k / 2.64)) * (partial < 0.45 * SAMPLE_RATE)
-    decay = np.exp(-time * (0.5 + 0.22 * k) * (frequency / 220) ** 0.5)
-    sound = (level * decay * np.sin(2 * np.pi * partial * time + k)).sum(axis=0)
-    return sound * np.minimum(1, 400 * time) / np.abs(sound).max()
-
-
-def write_wav(path, notes):
-    """Notes -> stereo sound, low ones on the left, as the pianist hears them."""
-    sound = np.zeros((int(SAMPLE_RATE * ((notes["time"] + notes["duration"]).max() + 2)), 2), np.float32)
-    for start, duration, pitch, velocity in zip(*notes.values()):
-        string = tone(int(pitch), int(velocity) // 32)[: int(SAMPLE_RATE * (duration + 0.4))]
-        after_release = (np.arange(len(string)) / SAMPLE_RATE - duration).clip(0)
-        string = string * (velocity / 127) ** 1.7 * np.exp(-12 * after_release)
-        begin, right = int(SAMPLE_RATE * start), 0.5 + (pitch - 64) / 160
-        sound[begin : begin + len(string)] += string[:, None] * (1 - right, right)
-    with atomic_write(path) as complete, wave.open(complete, "wb") as file:
-        file.setparams((2, 2, SAMPLE_RATE, len(sound), "NONE", ""))
-        file.writeframes((sound * 29_000 / np.abs(sound).max()).astype("<i2").tobytes())
-
-
-PAGE = """<!doctype html>
+PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>TchAIkovsky</title>
 <style>
-  :root { color-scheme: dark }
-  body { margin: 24px; background: #0d0f16; color: #9aa2bd; font: 14px/1.5 system-ui, sans-serif }
-  header { position: sticky; top: 0; z-index: 1; display: flex; gap: 16px; align-items: center;
-    padding: 10px 0; background: inherit }
-  button { flex: none; width: 48px; height: 48px; border: 0; border-radius: 50%; background: #f0608e; font-size: 18px }
-  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr)); gap: 16px }
-  section { min-width: 0; padding: 12px; border: 1px solid #232838; border-radius: 14px }
-  .roll { position: relative; overflow-x: auto; background: #141722; cursor: pointer }
-  svg { display: block; min-width: 100%; height: 264px; /* 88 keys of 3 pixels; the stripes are the black ones */
-    background: linear-gradient(#0000 6px, #0d0f16 0 9px, #0000 0 12px, #0d0f16 0 15px, #0000 0 18px,
-      #0d0f16 0 21px, #0000 0 27px, #0d0f16 0 30px, #0000 0 33px, #0d0f16 0 36px) 0 0 / 1px 36px }
-  .current { border-color: #f0608e }
-  .current .now { position: absolute; top: 0; left: -1px; width: 2px; height: 264px; background: #fff }
-  b, a { color: #fff }
+  :root { color-scheme: light dark; background: color-mix(in oklab, Canvas, #e0457b 4%) }
+  body { max-width: 1400px; margin: auto; padding: 0 16px; color: #888; background: inherit;
+    font: 13px/1.5 system-ui, sans-serif }
+  header { position: sticky; top: 0; padding-bottom: 12px; background: inherit }
+  nav, section { display: flex; align-items: center; gap: 6px 14px; padding: 10px 0 }
+  section { flex-wrap: wrap; border-top: 1px solid #8883 }
+  b { display: block; color: CanvasText; font: 17px/1.4 Georgia, serif }
+  button { padding: 0; border: 0; background: none; color: #888; font: inherit; text-align: left }
+  .current b, a, div button { color: #e0457b; text-decoration: none }
+  canvas { width: 100%; border-radius: 8px; background: linear-gradient(#e0457b44 0 0) 0 / 0 no-repeat #8881 }
+  #play { width: 46px; border-radius: 50%; background: #e0457b; fill: Canvas; line-height: 0 }
+  #roll { height: min(44vh, 25vw + 120px) }
+  input { width: 15%; max-width: 100px; accent-color: #e0457b }
+  .title { flex: 1 1 180px } .strip { flex: 6 1 500px; height: 52px }
+  time { white-space: nowrap }
+  details { width: 100%; white-space: pre-line }
 </style>
-<header><button title="space bar">▶</button><span>Space bar: play and pause. A click on a piece plays from there.
-  Colour is loudness, the shaded part the prompt. Longest copy: the longest run of notes that the training music has
-  too, in any key. In brackets: the mean of held-out pieces, cut to the same length.</span></header>
+<header><nav><button id="play" title="play, pause"><svg viewBox="0 0 46 46"><path/></svg></button>
+  <div class="title" id="heading"></div><time></time>
+  <input type="range" max="1" step="0.01" value="0.8" title="volume"></nav>
+  <canvas id="roll"></canvas></header>
 <main></main>
+<p>Space plays and pauses, ← and → go five seconds, ↑ and ↓ to another piece; a click plays from there.
+  Grey notes are the prompt; the redder a note, the louder.</p>
 <script>
-const button = document.querySelector("button"), sections = PIECES.map(show);
-let current = sections[0], audio, output, tones, startedAt, next;  // next: the first note that has not been struck yet
-current.className = "current";
-const time = () => audio ? Math.max(0, audio.currentTime - startedAt) : 0;
+const RATE = 44100;  // samples a second
+const find = selector => document.querySelector(selector);
+const roll = find("#roll"), slider = find("input");
+const clock = seconds => new Date(1000 * seconds).toISOString().slice(14, 19);
+const pieces = PIECES.map(addPiece);
+let current, position;  // where it stands while nothing plays, in seconds
+let audio, hall, playing;  // playing: what perform() gave, while it sounds
 
-function show({name, end, given, notes, figures}) {                // a note: start, length (seconds), pitch, velocity
-  const rects = notes.map(([start, length, pitch, velocity]) => `<rect class="note" x="${start}" width="${length}"
-    y="${108 - pitch}" height="1" fill="hsl(${190 + 1.3 * velocity} 85% ${46 + velocity / 6}%)"/>`);
-  const section = document.createElement("section");
-  section.innerHTML = `<div class="roll"><svg viewBox="0 0 ${end} 88" width="${40 * end}" preserveAspectRatio="none">
-    <rect class="prompt" width="${given ? notes[given][0] : 0}" height="88" fill="#fff2"/>${rects.join("")}</svg>
-    <div class="now"></div></div><b>${name}</b>, ${end.toFixed()} s, <a href="${name}.mid">.mid</a>, ${figures}`;
-  const svg = section.querySelector("svg");
-  svg.onclick = event => play(section, event.offsetX / svg.clientWidth * end);
-  document.querySelector("main").append(section);
-  return Object.assign(section, {notes, end, svg});
+// ---------------------------------------------------------------- a piano, for any audio context
+
+const strings = {};  // by pitch: every third is computed; its neighbours borrow it
+for (let pitch = 21; pitch <= 108; pitch += 3) setTimeout(stringOf, 0, pitch);
+
+function stringOf(pitch) {
+  if (strings[pitch]) return strings[pitch];
+  const frequency = 440 * 2 ** ((pitch - 69) / 12), ring = 3.2 * 2 ** ((60 - pitch) / 22);
+  const sound = new Float32Array(RATE * Math.min(6, 3 * ring)), {length} = sound;
+  for (let k = 1; k <= 20 && k * frequency < 10_000; k++) {
+    const partial = k * frequency * Math.sqrt(1 + 1e-6 * frequency * k ** 2);  // stiff, so a little sharp
+    const loud = Math.abs(Math.sin(k / 2.45)) / k * Math.exp(-partial / 4000) * partial / (partial + 90);
+    const fade = (1 + 0.15 * k + partial / 5000) / ring;
+    addSine(sound, 0.7 * loud, partial, 4 * fade, k ** 2);
+    addSine(sound, 0.3 * loud, partial * 1.0004, fade, 2 * k ** 2);  // a second string sings on
+  }
+  strings[pitch] = new AudioBuffer({length, sampleRate: RATE});
+  strings[pitch].copyToChannel(sound.map((value, n) => value * Math.min(1, (length - n) / RATE)), 0);
+  return strings[pitch];
 }
 
-function play(section, from) {
-  audio?.close();                                                  // silences all that was to sound
-  audio = new AudioContext();
-  audio.onstatechange = () => button.textContent = audio.state == "running" ? "❚❚" : "▶";
-  output = new DynamicsCompressorNode(audio);
-  output.connect(audio.destination);
-  tones = [2.2, 1.9, 1.6, 1.3].map(steep => {                      // the louder, the more of the upper partials
-    const imag = Float32Array.from({length: 16}, (_, k) => k && Math.abs(Math.sin(k / 2.64)) / k ** steep);
-    return new PeriodicWave(audio, {imag});
-  });
-  current.className = "";
-  current = section;
-  current.className = "current";
-  startedAt = 0.1 - from;
-  next = section.notes.filter(([start]) => start < from).length;
+function addSine(sound, loud, frequency, fade, phase) {  // a fading one, each sample from the two before
+  const turn = 2 * Math.PI * frequency / RATE, keep = Math.exp(-fade / RATE);
+  const last = 2 * keep * Math.cos(turn), second = -keep * keep;
+  let before = loud * Math.sin(phase - turn) / keep, now = loud * Math.sin(phase);
+  for (let n = 0; n < sound.length; n++) {
+    sound[n] += now;
+    [before, now] = [now, last * now + second * before];
+  }
 }
 
-function strike([start, length, pitch, velocity]) {
-  const frequency = 440 * 2 ** ((pitch - 69) / 12), begin = Math.max(audio.currentTime, startedAt + start);
-  const loud = 0.3 * (velocity / 127) ** 1.6, ring = 1.6 * 2 ** ((60 - pitch) / 24);
-  const string = new OscillatorNode(audio, {frequency, periodicWave: tones[velocity >> 5]});
-  const volume = new GainNode(audio, {gain: 0});
-  volume.gain.setValueAtTime(0, begin);
-  volume.gain.linearRampToValueAtTime(loud, begin + 0.004);
-  volume.gain.setTargetAtTime(loud * 0.4, begin + 0.004, ring * 0.12);
-  volume.gain.setTargetAtTime(0, begin + ring * 0.3, ring);
-  volume.gain.setTargetAtTime(0, begin + length, 0.08);
-  string.connect(volume).connect(new StereoPannerNode(audio, {pan: (pitch - 64) / 60})).connect(output);
-  string.start(begin);
-  string.stop(begin + Math.min(length, 6 * ring) + 0.6);
+const echo = new AudioBuffer({numberOfChannels: 2, length: 2 * RATE, sampleRate: RATE});  // noise dying away
+for (const sound of [echo.getChannelData(0), echo.getChannelData(1)]) {
+  sound.forEach((_, n) => sound[n] = (Math.random() - 0.5) * Math.exp(-3.5 * n / RATE));
 }
 
-setInterval(() => {                                                // strikes ahead: timers of a hidden page are slow
-  while (audio && next < current.notes.length && current.notes[next][0] < time() + 1.5) strike(current.notes[next++]);
-  if (time() > current.end + 1) audio.suspend();
-  const roll = current.firstChild, x = time() / current.end * current.svg.clientWidth;
-  roll.lastChild.style.transform = `translateX(${x}px)`;
-  if (audio?.state == "running") roll.scrollLeft = x - roll.clientWidth / 4;
-}, 16);
+const soft = x => x / (1 + x ** 4) ** 0.25;  // leaves quiet sound alone and never exceeds 1
+const curve = Float32Array.from({length: 4001}, (_, n) => soft(n / 1000 - 2));
 
-button.onclick = () => {
-  if (!audio || time() > current.end) play(current, 0);
-  else if (audio.state == "running") audio.suspend();
-  else audio.resume();
+function openHall(context) {  // what is played into `stage` is heard, and `volume` is the last node of all
+  const stage = new GainNode(context), volume = new GainNode(context);
+  const limit = new WaveShaperNode(context, {curve});
+  const dark = new BiquadFilterNode(context, {frequency: 2500}), wet = new GainNode(context, {gain: 0.35});
+  stage.connect(new ConvolverNode(context, {buffer: echo})).connect(dark).connect(wet).connect(limit);
+  stage.connect(limit).connect(volume).connect(context.destination);
+  return {stage, volume};
+}
+
+function perform(piece, stage, from, begin) {  // its second `from` sounds at the context's time `begin`
+  const {context} = stage, board = new GainNode(context, {gain: piece.gain});
+  board.connect(stage);
+  const sounding = new Set();
+  let next = 0;
+
+  function strike([start, length, pitch, velocity]) {
+    const due = begin + start - from, at = Math.max(due, begin, context.currentTime), end = due + length;
+    if (at >= end) return;
+    const root = 3 * Math.round(pitch / 3), playbackRate = 2 ** ((pitch - root) / 12), force = velocity / 127;
+    const fade = piece.cut ? Math.min(1, (piece.end - start) / 6) : 1;
+    const string = new AudioBufferSourceNode(context, {buffer: stringOf(root), playbackRate});
+    const bright = 500 * 2 ** (pitch / 40 + 3 * force);  // the louder, the brighter
+    const tone = new BiquadFilterNode(context, {frequency: bright});
+    const key = new GainNode(context), place = new StereoPannerNode(context, {pan: (pitch - 64) / 70});
+    string.connect(tone).connect(key).connect(place).connect(board);
+    key.gain.setValueAtTime(0, at);
+    key.gain.linearRampToValueAtTime(fade * force ** 1.5, at + 0.003);
+    key.gain.setTargetAtTime(0, Math.max(end, at + 0.01), 0.08);
+    string.start(at, (at - due) * playbackRate);  // one that has begun before is joined midway
+    string.stop(end + 0.6);
+    string.onended = () => { place.disconnect(); sounding.delete(string); };
+    sounding.add(string);
+  }
+  return {
+    time: () => from + Math.max(0, context.currentTime - begin),
+    feed(until) { while (piece.notes[next]?.[0] < until) strike(piece.notes[next++]); },
+    stop() {
+      board.gain.setTargetAtTime(0, context.currentTime, 0.05);
+      sounding.forEach(string => string.stop(context.currentTime + 0.3));
+      setTimeout(() => board.disconnect(), 500);
+    },
+  };
+}
+
+async function renderWav(piece, progress) {
+  const context = new OfflineAudioContext(2, RATE * piece.end, RATE);
+  const heard = perform(piece, openHall(context).stage, 0, 0);
+  heard.feed(context.suspend ? 2 : Infinity);  // Firefox can't halt on the way: all notes at once
+  for (let second = 1; context.suspend && second < piece.end - 1; second++) {
+    context.suspend(second).then(() => {
+      heard.feed(second + 2);
+      progress(second / piece.end);
+      context.resume();
+    });
+  }
+  const sound = await context.startRendering(), samples = new Int16Array(2 * sound.length);
+  for (const side of [0, 1]) sound.getChannelData(side).forEach((x, n) => samples[2 * n + side] = 32767 * x);
+  const bytes = samples.byteLength;
+  return new Blob(["RIFF", Uint32Array.of(36 + bytes), "WAVEfmt ", Uint32Array.of(16), Uint16Array.of(1, 2),
+    Uint32Array.of(RATE, 4 * RATE), Uint16Array.of(4, 16), "data", Uint32Array.of(bytes), samples]);
+}
+
+// ---------------------------------------------------------------- playing
+
+const now = () => playing ? Math.min(playing.time(), current.end) : position;
+
+function go(piece, second, sounds = !!playing) {
+  playing?.stop();
+  playing = null;
+  current = piece;
+  position = Math.max(0, Math.min(second, piece.end));
+  if (sounds) {
+    audio ??= new AudioContext();
+    audio.resume();
+    hall ??= openHall(audio);
+    slider.oninput();
+    playing = perform(piece, hall.stage, position, audio.currentTime + 0.1);
+    feed();
+  }
+  for (const {section, strip} of pieces) [section.className, strip.style.backgroundSize] = ["", 0];
+  current.section.className = "current";
+  find("#heading").innerHTML = current.heading;
+  find("path").setAttribute("d", playing ? "M15 13h6v20h-6zM25 13h6v20h-6z" : "M17 12v22l18-11z");
+  draw();
+}
+
+function feed() {  // two seconds ahead: timers of a hidden page are slow
+  playing?.feed(playing.time() + 2);
+  if (playing && now() == current.end && !turn(1)) go(current, current.end, false);
+}
+setInterval(feed, 200);
+
+function turn(step) {
+  const piece = pieces[pieces.indexOf(current) + step];
+  if (piece) go(piece, piece.begin);
+  return piece;
+}
+
+const keys = {
+  " ": () => go(current, playing || position < current.end ? now() : current.begin, !playing),
+  ArrowLeft: () => go(current, now() - 5),
+  ArrowRight: () => go(current, now() + 5),
+  ArrowUp: () => turn(-1),
+  ArrowDown: () => turn(1),
 };
-onkeydown = event => { if (event.code == "Space") { event.preventDefault(); button.onclick(); } };
+onkeydown = event => {
+  const taken = event.target.matches(event.key == " " ? "a, button, summary" : "input");  // by the focus
+  if (taken || event.altKey || !keys[event.key]) return;
+  event.preventDefault();
+  keys[event.key]();
+};
+onclick = event => event.detail && document.activeElement.blur();  // a mouse leaves the keys to the page
+find("#play").onclick = keys[" "];
+slider.oninput = () => hall && (hall.volume.gain.value = slider.value ** 2);
+roll.onclick = event => go(current, rollStart() + event.offsetX / zoom(), true);
+
+// ---------------------------------------------------------------- what is seen
+
+function addPiece(piece) {
+  const section = document.createElement("section"), {notes, given} = piece;
+  const safe = text => new Option(text).innerHTML, pitches = new Set(notes.map(note => note[2]));
+  const power = notes.reduce((sum, [, length, , velocity]) => sum + Math.min(length, 0.5) * velocity ** 3, 0);
+  piece.end = notes.reduce((last, [start, length]) => Math.max(last, start + length), 0) + 2;  // echo
+  piece.begin = given ? notes[given][0] : 0;
+  piece.gain = 400 / Math.sqrt(power / piece.end);  // pieces of like loudness
+  [piece.low, piece.high] = [Math.min(48, ...pitches) - 2, Math.max(84, ...pitches) + 2];
+  piece.heading = `<b>${safe(piece.title)}</b>${safe(piece.detail)}`;
+  if (piece.cut) piece.heading += ", unfinished: fades out";
+  section.innerHTML = `<button class="title">${piece.heading}</button>
+    <div>${clock(piece.end)} <a>.mid</a> <button>.wav</button></div><canvas class="strip"></canvas>
+    <details><summary>figures</summary>${piece.figures.map(pair => safe(pair.join(": "))).join("\n")}</details>`;
+  const [title, {children: [mid, wav]}, strip] = section.children;
+  title.onclick = () => go(piece, piece.begin, true);
+  strip.onclick = event => go(piece, event.offsetX / strip.clientWidth * piece.end, true);
+  Object.assign(mid, {download: `${piece.name}.mid`, href: `data:audio/midi;base64,${piece.midi}`});
+  wav.onclick = async () => {
+    wav.disabled = true;
+    const file = await renderWav(piece, share => wav.textContent = `${Math.round(100 * share)} %`);
+    const link = document.createElement("a"), href = URL.createObjectURL(file);
+    Object.assign(link, {download: `${piece.name}.wav`, href}).click();
+    setTimeout(() => URL.revokeObjectURL(href), 60_000);
+    Object.assign(wav, {textContent: ".wav", disabled: false});
+  };
+  find("main").append(section);
+  return Object.assign(piece, {section, strip});
+}
+
+const zoom = () => Math.max(45, roll.clientWidth / 18);  // pixels a second
+const rollStart = () => now() - roll.clientWidth / 4 / zoom();  // what sounds is a quarter from the left
+
+function blank(canvas, piece, from, scale) {  // wipes it; gives what it takes to draw there
+  const pen = canvas.getContext("2d"), {clientWidth: width, clientHeight: height} = canvas;
+  canvas.width = width * devicePixelRatio;
+  canvas.height = height * devicePixelRatio;
+  pen.scale(devicePixelRatio, devicePixelRatio);
+  const row = height / (piece.high - piece.low + 1);
+  const x = time => (time - from) * scale, y = pitch => (piece.high - pitch) * row;
+  return {pen, width, height, row, scale, x, y};
+}
+
+function drawNotes(piece, {pen, width, row, scale, x, y}, time) {  // those that can be seen
+  piece.notes.forEach(([start, length, pitch, velocity], n) => {
+    if (x(start) > width || x(start + length) < 0) return;
+    const hue = Math.max(215, Math.min(350, 165 + 1.8 * velocity)), long = Math.max(1.5, length * scale - 1);
+    pen.fillStyle = pen.shadowColor = n < piece.given ? "#888" : `hsl(${hue} 75% 60%)`;
+    pen.shadowBlur = start <= time && time < start + length ? 20 : 0;
+    pen.beginPath();
+    pen.roundRect(x(start), y(pitch), long, Math.max(1.5, row), Math.min(long, row, 5) / 2);
+    pen.fill();
+  });
+  pen.shadowBlur = 0;
+}
+
+function draw() {
+  const time = now(), sheet = blank(roll, current, rollStart(), zoom());
+  const {pen, width, height, row, x, y} = sheet;
+  pen.fillStyle = "#8881";
+  for (let pitch = current.low; pitch <= current.high; pitch++) {
+    if ([1, 3, 6, 8, 10].includes(pitch % 12)) pen.fillRect(0, y(pitch), width, row);
+  }
+  pen.fillStyle = "#8883";
+  for (let octave = 0; octave < 10; octave++) pen.fillRect(0, y(12 * octave - 1), width, 1);
+  for (let t = 0; t < current.end; t += current.bar) if (x(t) > 0) pen.fillRect(x(t), 0, 1, height);
+  drawNotes(current, sheet, time);
+  pen.fillStyle = "#888";
+  for (let octave = 0; octave < 9; octave++) pen.fillText(`C${octave}`, 4, y(12 * octave + 11) - 2);
+  pen.fillStyle = "#e0457b";
+  pen.fillRect(x(time) - 1, 0, 2, height);
+  current.strip.style.backgroundSize = `${100 * time / current.end}%`;
+  find("time").textContent = `${clock(time)} / ${clock(current.end)}`;
+}
+
+new ResizeObserver(() => {
+  for (const piece of pieces) {
+    drawNotes(piece, blank(piece.strip, piece, 0, piece.strip.clientWidth / piece.end));
+  }
+  draw();
+}).observe(roll);
+
+function frame() {
+  if (playing) draw();
+  requestAnimationFrame(frame);
+}
+go(pieces[0], pieces[0].begin);
+frame();
 </script>
 """
 
 
-def write_page(path, pieces, figures):
-    """The page with all pieces on it."""
-    data = []
-    for piece, line in zip(pieces, figures):
-        end = float((piece.notes["time"] + piece.notes["duration"]).max())
-        notes = np.stack([*piece.notes.values()], axis=1).astype(float).round(3).tolist()
-        data.append({"name": piece.name, "end": end, "given": piece.given, "notes": notes, "figures": line})
-    with atomic_write(path) as file:
-        file.write(PAGE.replace("PIECES", json.dumps(data)).encode())
-
-
-# ---------------------------------------------------------------- the steps, in order
-
-
-class Piece(NamedTuple):
-    """One of the grid, ready to be written."""
-
-    name: str
-    score: Score
-    notes: dict
-    given: int  # how many of its first notes are the prompt's
-
-
-def load_run(folder):
-    """The model, in numpy's arrays, its tokenizer, and what the checkpoint says of itself."""
-    paths = [folder / "best.ckpt", folder / "last.ckpt"]  # a run that was cut short may only have the latter
-    path = next((path for path in paths if path.exists()), None)
-    if not path:
-        raise ValueError(f"--run {folder}: no folder with a checkpoint; make one: python train.py")
-    trees, facts = load(path, lambda facts: {"model": Decoder(Config(**facts["config"]), jax.random.key(0))})
-    tokenizer = midi_tokenize.load_tokenizer(folder / "tokenizer.json")
-    model = trees["model"]
-    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    if facts.get("tokenizer_sha256") != digest:
-        raise ValueError(f"{folder}: tokenizer.json is not the one that the model was trained with")
-    if len(tokenizer) != model.cfg.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.json has {len(tokenizer)} tokens, the model {model.cfg.vocab_size}")
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model)):
-        raise ValueError(f"{path}: not all of its weights are numbers: training has diverged")
-    if not facts.get("step"):
-        print(f"{path} has not been trained: expect noise")
-    flags = facts.get("flags")
-    precision = "bfloat16" if isinstance(flags, dict) and flags.get("precision") == "bfloat16" else "float32"
-    return model, tokenizer, facts | {"precision": precision}
-
-
-def compose(args, model, precision, tokenizer, prompt, grammar):
-    """The whole grid of seeds and temperatures: those Pieces that have new notes, and the tokens per second."""
-    onsets = notes_of(to_score(prompt, tokenizer))["time"] if prompt else []  # of the prompt, in seconds
-    limit = max([0, *onsets]) + (args.seconds or math.inf)
-    is_enough = lambda ids: tokenizer.decode([ids]).to("second").clip(limit, math.inf).note_num() > 0
-    seeds = range(args.num_samples) if args.num_samples else args.seeds
-    grid = list(dict.fromkeys((seed, temperature) for seed in seeds for temperature in args.temperatures))
-    model = to_device(model, precision, len(grid))
-    all_ids, tokens_per_second = generate(
-        model, [tokenizer["BOS_None"], *prompt], *zip(*grid), grammar, tokenizer["EOS_None"], args.max_tokens,
-        args.min_tokens, (args.top_k, args.top_p, args.min_p), args.window_drop, is_enough if args.seconds else None,
-    )  # fmt: skip
-    pieces = []
-    for (seed, temperature), ids in zip(grid, all_ids):
-        name = f"seed{seed}_temperature{temperature}"
-        try:
-            score, given = to_score(ids, tokenizer), len(onsets)
-            count = begun_within(score, limit)
-            if count <= given:
-                raise ValueError("no new note")
-            if args.only_generated:
-                score, given, count = to_score(ids[len(prompt) :], tokenizer), 0, count - given
-            score = first_notes(score, count)
-            pieces.append(Piece(name, score, notes_of(score), given))
-        except ValueError as error:
-            print(f"{name}: not written: {error}")
-    return pieces, tokens_per_second
-
-
-def write(args, pieces, figures):
-    """The page, and a .mid and .wav file for each Piece: their paths."""
-    page, paths = args.out / "index.html", []
-    for piece, line in zip(pieces, figures):
-        print(f"{piece.name}: {line}")
-        paths.append(args.out / f"{piece.name}.mid")
-        with atomic_write(paths[-1]) as file:
-            file.write(pedal_to_controls(piece.score).dumps_midi())
-        if args.wav:
-            paths.append(paths[-1].with_suffix(".wav"))
-            write_wav(paths[-1], piece.notes)
-    write_page(page, pieces, figures)
-    return [page, *paths]
-
-
-def main():
-    parser, args = parse_flags()
-    try:
-        model, tokenizer, facts = load_run(args.run)
-        prompt = read_prompt(args, tokenizer)
-        context = model.cfg.context
-        if args.window_drop and args.window_drop >= context:
-            raise ValueError(f"--window_drop {args.window_drop}: must be less than the model's context of {context}")
-        if args.window_drop and model.cfg.rotary:
-            raise ValueError(f"--window_drop {args.window_drop}: a model with rotary positions drops 1; leave it out")
-        locked = parse_scale(args.scale_lock) if args.scale_lock is not None else range(12)
-        grammar = build_grammar(tokenizer, {pitch % 12 for pitch in locked})
-        if args.prompt and args.prompt.resolve().parent == args.out.resolve():
-            raise ValueError(f"--prompt {args.prompt}: lies in --out, whose files are replaced; name another --out")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # can it be written to?
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
-    try:
-        pieces, tokens_per_second = compose(args, model, facts["precision"], tokenizer, prompt, grammar)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        parser.error("out of memory: ask for fewer pieces at once, or a smaller --max_tokens")
-    if not pieces:
-        parser.error("nothing was composed; try other --seeds, more --max_tokens or more --seconds")
-    new = [{key: column[piece.given :] for key, column in piece.notes.items()} for piece in pieces]
-    data = args.data or Path(str(facts.get("data", "data")))
-    figures = compare(new, data, tokenizer, facts["tokenizer_sha256"])
-
-    try:
-        paths = write(args, pieces, figures)
-    except OSError as error:
-        sys.exit(f"--out {args.out}: not all was written ({error.strerror})")
-    print(f"tokens_per_second={tokens_per_second:.1f}", *paths, sep="\n")
+def fit_console():
+    """Print in any encoding, and to nowhere where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a notebook's own can't and needn't
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, signal.default_int_handler)
+    if not hasattr(sys, "ps1"):
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop, signal.default_int_handler)
+    fit_console()
     try:
-        main()
+        parser, args = parse_flags()
+        main(args)
+        sys.stdout.flush()
+    except (Refused, midi_tokenize.Refused) as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped; a file that was not finished is left as it was")
+    except BrokenPipeError:  # who reads our output has gone, say, head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
