@@ -917,7 +917,7 @@ def main(args):
     choices, tokens_per_second = compose(args, model, tokenizer, grammar, prompt)
     if not choices:
         raise Refused("nothing was composed; try other --seeds or more --max_tokens")
-    data = args.data or Path(facts.get("data", "data"))
+    data = args.data or args.run / facts.get("data", "data")
     known = read_intervals(data, tokenizer, facts["tokenizer_sha256"])
     pieces = []
     for number, candidates in enumerate(choices.values(), start=1):

@@ -57,7 +57,7 @@ import pytest
 from miditok import REMI, TSD, TokenizerConfig
 from miditok.constants import CHORD_MAPS, CHR_ID_START
 from miditok.utils import get_bars_ticks
-from symusic import Note, Score, Tempo, TimeSignature, Track
+from symusic import Score, TimeSignature
 
 import model
 import sample
@@ -1591,7 +1591,7 @@ def virtual_devices(count):
     return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
 
 
-def wait_for(path, process=None):
+def wait_for_file(path, process=None):
     """Until a run has written this file."""
     while not path.exists():
         assert process is None or process.poll() is None, process.communicate()
@@ -1648,7 +1648,7 @@ def test_two_processes_stop_together(markov, trained, tmp_path):
         started += [
             training(markov, tmp_path / run, *flags, "--log_every", 1, "--multihost", f"{host}{i}") for i in (0, 1)
         ]
-    wait_for(tmp_path / "stopped" / "log.csv", started[2])
+    wait_for_file(tmp_path / "stopped" / "log.csv", started[2])
     started[3].send_signal(signal.SIGTERM)
     for process in started[:2]:
         assert "The run diverged" in process.communicate(timeout=240)[1] and process.returncode == 1
@@ -1685,11 +1685,11 @@ def test_polite_signals_save_first_and_a_second_run_in_the_same_folder_is_refuse
     runs = [tmp_path / number.name for number in numbers]
     long = "--steps", 100_000, "--eval_every", 100_000, "--log_every", 1
     processes = [training(markov, run, *long) for run in runs]
-    wait_for(runs[0] / "log.csv", processes[0])
+    wait_for_file(runs[0] / "log.csv", processes[0])
     second = finished(training(markov, runs[0], *long), 2)
     assert second.count("\n") == 1 and "another train.py is writing there" in second
     for number, run, process in zip(numbers, runs, processes):
-        wait_for(run / "log.csv", process)
+        wait_for_file(run / "log.csv", process)
         process.send_signal(number)
     for number, run, process in zip(numbers, runs, processes):
         out = finished(process, 128 + number)
