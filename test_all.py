@@ -2614,7 +2614,7 @@ def test_sample_cut_pieces_end_with_a_whole_bar(sample_tokenizer):
         assert len(piece.notes["time"]) == count and piece.cut == (not end)
 
 
-MISTAKES = [
+SAMPLE_MISTAKES = [
     ("--chords Hm7", "Hm7"), ("--chords C:999", "999"), ("--chords C:x", "'C:x'"), ("--motif C4,Q5", "Q5"),
     ("--motif [C4,]", "note"), ("--scale D_sour", "sour"), ("--motif R", "note"), ("--scale_lock x", "scale"),
     ("--prompt nowhere.mid", "nowhere.mid"), ("--prompt {noise}", "noise.mid"), ("--prompt {drums}", "drums.mid"),
@@ -2647,7 +2647,7 @@ def bad_places(tmp_path_factory, sample_data, sample_tokenizer):
     return places
 
 
-@pytest.mark.parametrize("flags, culprit", MISTAKES, ids=[flags for flags, _ in MISTAKES])
+@pytest.mark.parametrize("flags, culprit", SAMPLE_MISTAKES, ids=[flags for flags, _ in SAMPLE_MISTAKES])
 def test_sample_mistakes_end_in_one_line(tmp_path, capsys, bad_places, sample_run, flags, culprit):
     words = [word.format(**bad_places).replace("_sour", " sour") for word in flags.split()]
     try:
