@@ -169,7 +169,7 @@ class Music(NamedTuple):
     length: jax.Array
     begin: jax.Array  # of the window that the model sees
     cache: list  # keys and values of the window, but for its last token
-    state: "State"  # where the grammar stands
+    open_BN: jax.Array  # by the grammar
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -184,18 +184,19 @@ def add_tokens(fixed, music, steps, settings):
     model, grammar, first_V, given, keys_B, temperature_B = fixed
 
     def add_token(_, music):
-        tokens_BN, length, begin, cache, state = music
+        tokens_BN, length, begin, cache, open_BN = music
         last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
         logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
         goes_on_V = jnp.arange(model.cfg.vocab_size) != grammar.eos
         allowed_V = goes_on_V | (length >= given + settings.min_tokens)
         allowed_V &= first_V | (length > given)
-        logits_BV = jnp.where(grammar.allows(state) & allowed_V, logits_B1V[:, 0], -jnp.inf)
+        allowed_BV = grammar.allows(last_B1[:, 0], open_BN) & allowed_V
+        logits_BV = jnp.where(allowed_BV, logits_B1V[:, 0], -jnp.inf)
         token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
         token_B = pick(logits_BV, token_keys_B, temperature_B, settings)
         token_B = jnp.where(last_B1[:, 0] == grammar.eos, grammar.eos, token_B)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
-        return Music(tokens_BN, length + 1, begin, cache, grammar.step(state, token_B))
+        return Music(tokens_BN, length + 1, begin, cache, grammar.step(open_BN, token_B))
 
     return jax.lax.fori_loop(0, steps, add_token, music)
 
@@ -273,8 +274,8 @@ def read_prompt_once(model, grammar, prompt, draws, total, begin):
     if length - 1 > begin:
         cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
     one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
-    cache, state = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
-    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state)
+    cache, open_BN = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
+    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, open_BN)
     temperature_B = np.array([draw.temperature for draw in draws], np.float32)
     keys_B = jnp.stack([draw.key() for draw in draws])
     first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
@@ -283,47 +284,41 @@ def read_prompt_once(model, grammar, prompt, draws, total, begin):
 
 # ---- the grammar of music, as a mask over tokens -------------------------------------------------
 
-MOVES = {"BOS", "Bar", "Position", "TimeShift"}  # kinds of token after which chords begin anew
-
-
-class State(NamedTuple):
-    """The last kind of token of each piece, and the least position and pitch that may follow."""
-
-    kind_B: jax.Array
-    least_B2: jax.Array
+MOVES = "Bar", "Position", "TimeShift"  # kinds of base token that move on in time
 
 
 class Grammar(NamedTuple):
-    """Which tokens may come next in a State.
+    """Which tokens may come next, by the base tokens (N) that BPE has joined in them.
 
     Kinds follow each other as the tokenizer's own graph says. Within a bar positions rise, and
     within a chord pitches, as they always do in training data: so time never runs backwards and no
-    note is struck twice.
+    note is struck twice. What has been passed is closed, until a new bar or position opens it.
     """
 
-    follows_KV: jax.Array  # may this token come after a token of that kind?
-    first_V2: jax.Array  # the position and the pitch that it begins with ...
-    has_first_V2: jax.Array  # ... if it does
-    kind_V: jax.Array  # of its last base token
-    least_V2: jax.Array  # the least position and pitch that may come after it ...
-    sets_least_V2: jax.Array  # ... if it changes that
+    usable_V: jax.Array  # not those with notes out of the scale
+    first_V: jax.Array  # the base token that it begins with
+    needs_VN: jax.Array  # 1 for those that have to be open, 0 for the others
+    follows_VN: jax.Array  # may this base token come after it?
+    opens_VN: jax.Array
+    closes_VN: jax.Array
     eos: jax.Array
 
-    def allows(self, state):
-        rises_BV2 = (self.first_V2 >= state.least_B2[:, None]) | ~self.has_first_V2
-        return self.follows_KV[state.kind_B] & rises_BV2.all(axis=-1)
+    def allows(self, last_B, open_BN):
+        """What may come after these tokens [B, V]."""
+        blocked_BV = ~open_BN @ self.needs_VN.T > 0
+        return self.follows_VN[last_B][:, self.first_V] & ~blocked_BV & self.usable_V
 
-    def step(self, state, token_B):
-        least_B2 = jnp.where(self.sets_least_V2[token_B], self.least_V2[token_B], state.least_B2)
-        return State(self.kind_V[token_B], least_B2)
+    def step(self, open_BN, token_B):
+        return (open_BN | self.opens_VN[token_B]) & ~self.closes_VN[token_B]
 
     def after(self, ids):
-        """The State of one piece after these tokens, of which the first is BOS."""
-        tokens = np.array(ids)
-        sets_N2 = np.array(self.sets_least_V2)[tokens]
-        last_2 = len(tokens) - 1 - np.argmax(sets_N2[::-1], axis=0)  # the last token that did
-        least_2 = np.array(self.least_V2)[tokens[last_2], [0, 1]]
-        return State(self.kind_V[tokens[-1:]], jnp.array(least_2)[None])
+        """What is open after the tokens of one piece [1, N]."""
+
+        def step(open_1N, token_1):
+            return self.step(open_1N, token_1), None
+
+        all_1N = jnp.ones_like(self.opens_VN[:1])
+        return jax.lax.scan(step, all_1N, jnp.array(ids)[:, None])[0]
 
 
 def base_tokens(tokenizer):
@@ -334,81 +329,62 @@ def base_tokens(tokenizer):
     return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
 
 
-def spell(ids, tokenizer):
-    """The base tokens of a piece."""
-    names = base_tokens(tokenizer)
-    return [name for token in ids for name in names[token]]
-
-
-def places(parts):
-    """The first position and pitch of (kind, value) parts, and the least that may come after them.
-
-    None for those that they don't bring: a pitch may come after other notes of a chord, say.
-    """
-    first, least = [None, None], [None, None]
-    for kind, value in parts:
-        if kind in MOVES:
-            if kind == "Position" and least[0] is None:
-                first[0] = int(value)
-            position = int(value) + 1 if kind == "Position" else 0
-            least = [position, 0]
-        elif kind == "Pitch":
-            if least[1] is None:
-                first[1] = int(value)
-            least[1] = int(value) + 1
-    return first, least
-
-
 def build_grammar(tokenizer, pitch_classes=range(12)):
     """The grammar of this tokenizer's tokens, without notes of other pitch classes."""
-    special = {name.split("_")[0] for name in tokenizer.special_tokens}
-    graph = tokenizer.tokens_types_graph
-    graph = {kind: after - special - {"PitchDrum"} for kind, after in graph.items()}
-    music_begins = {"Bar"} if "Bar" in graph else graph["TimeShift"] - MOVES
-    graph |= dict.fromkeys(special, music_begins)
-    kinds = sorted(graph)
-    follows_KV = np.zeros((len(kinds), len(tokenizer)), bool)
-    kind_V = np.full(len(tokenizer), kinds.index("PAD"))
-    first, least = [], []
-    for token, names in enumerate(base_tokens(tokenizer)):
-        parts = [name.split("_") for name in names]
-        token_first, token_least = places(parts)
-        first.append(token_first)
-        least.append(token_least)
-        if parts:  # BPE has one token of nothing
-            pitches = {int(value) % 12 for kind, value in parts if kind == "Pitch"}
-            if pitches <= set(pitch_classes):
-                follows_KV[:, token] = [parts[0][0] in graph[kind] for kind in kinds]
-            kind_V[token] = kinds.index(parts[-1][0])
+    names_N = [name.split("_") for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
+    kind_N = np.array([kind for kind, _ in names_N])
+    special_N = np.array(["_".join(name) in tokenizer.special_tokens for name in names_N])
+    moves_N = np.isin(kind_N, MOVES)
+    wrong = {str(pitch) for pitch in range(128) if pitch % 12 not in pitch_classes}
+    wrong_N = np.array([kind == "Pitch" and value in wrong for kind, value in names_N])
+
+    follows_NN = midi_tokenize.grammar(tokenizer)
+    follows_NN[:, special_N | wrong_N | (kind_N == "PitchDrum")] = False
+    if "Bar" in kind_N:
+        begins_N = kind_N == "Bar"
+    else:
+        begins_N = follows_NN[kind_N == "TimeShift"].any(axis=0) & ~moves_N
     # a piece may end where time may move on, but not where it has just done so
-    may_end = {kind for kind in kinds if graph[kind] & MOVES} - MOVES - special
+    may_end_N = follows_NN[:, moves_N].any(axis=1) & ~moves_N & ~special_N
+    follows_NN[special_N] = begins_N
+    follows_NN[:, tokenizer["EOS_None"]] = may_end_N
+
+    # a pitch or position closes itself and lower ones: those of lower ids
+    same_kind_NN = kind_N[:, None] == kind_N
+    closes_NN = np.tril(same_kind_NN & np.isin(kind_N, ["Pitch", "Position"]))
+    opens_NN = np.outer(moves_N, kind_N == "Pitch")
+    opens_NN |= np.outer(kind_N == "Bar", kind_N == "Position")
+    assert_no_dead_end(follows_NN, opens_NN, closes_NN, kind_N)
+
+    shape_VN = len(tokenizer), len(names_N)
+    needs_VN, opens_VN, closes_VN = (np.zeros(shape_VN, bool) for _ in range(3))
+    first_V, last_V = np.zeros(len(tokenizer), int), np.zeros(len(tokenizer), int)
+    usable_V = np.zeros(len(tokenizer), bool)  # BPE has one token of nothing
+    for token, names in enumerate(base_tokens(tokenizer)):
+        parts = [tokenizer.vocab[name] for name in names]
+        for part in parts:
+            needs_VN[token, part] |= ~opens_VN[token, part]
+            opens_VN[token] |= opens_NN[part]
+            closes_VN[token] &= ~opens_NN[part]
+            closes_VN[token] |= closes_NN[part]
+        if parts:
+            first_V[token], last_V[token] = parts[0], parts[-1]
+            usable_V[token] = not wrong_N[parts].any()
     eos = tokenizer["EOS_None"]
-    follows_KV[:, eos] = [kind in may_end for kind in kinds]
-    grammar = Grammar(follows_KV, *with_mask(first), kind_V, *with_mask(least), eos)
-    assert_no_dead_end(grammar, kinds)
+    grammar = Grammar(
+        usable_V, first_V, needs_VN.astype(np.float32), follows_NN[last_V], opens_VN, closes_VN, eos
+    )
     return jax.tree.map(jnp.array, grammar)
 
 
-def with_mask(rows):
-    """Lists of numbers and None -> an array of integers, and a mask of those that are numbers."""
-    values = np.array(rows, float)  # None becomes NaN
-    return np.nan_to_num(values).astype(int), ~np.isnan(values)
-
-
-def assert_no_dead_end(grammar, kinds):
-    """Something may follow every state: where nothing may, tokens would be drawn at random."""
-    highest_K2 = np.zeros((len(kinds), 2), int)  # of all `least` that a state of this kind may have
-    reached_K = np.array(kinds) == "BOS"
-    for _ in kinds:
-        for kind in np.flatnonzero(reached_K):
-            tokens = np.flatnonzero(grammar.follows_KV[kind])
-            sets_N2, least_N2 = grammar.sets_least_V2[tokens], grammar.least_V2[tokens]
-            least_N2 = np.where(sets_N2, least_N2, highest_K2[kind])
-            np.maximum.at(highest_K2, grammar.kind_V[tokens], least_N2)
-            reached_K[grammar.kind_V[tokens]] = True
-    for kind in np.flatnonzero(reached_K & (np.array(kinds) != "EOS")):
-        state = State(np.array([kind]), highest_K2[[kind]])
-        assert grammar.allows(state).any(), f"nothing may follow {kinds[kind]}"
+def assert_no_dead_end(follows_NN, opens_NN, closes_NN, kind_N):
+    """Something may follow in every state: where nothing may, tokens would be drawn at random."""
+    open_NN = np.ones_like(follows_NN)  # after each base token, whatever came before it
+    for _ in set(kind_N):
+        closed_before_NN = follows_NN.T.astype(np.float32) @ ~open_NN > 0  # by any way to it
+        open_NN = (~closed_before_NN | opens_NN) & ~closes_NN
+    stuck_N = ~(follows_NN & open_NN).any(axis=1) & (kind_N != "EOS")
+    assert not stuck_N.any(), f"nothing may follow {set(kind_N[stuck_N])}"
 
 
 # ---- prompts: files and texts --------------------------------------------------------------------
@@ -449,10 +425,8 @@ def read_prompt(args, tokenizer, grammar):
     if not texts:
         return Prompt([bos])
     score, end = text_to_score(args)
-    ids, moves, seconds = encode_text(score, end, tokenizer)
-    count = to_score(ids, tokenizer).note_num()
-    ids, first_V = go_on_after([bos, *ids], moves, tokenizer, grammar)
-    return Prompt(ids, first_V, count, seconds, f"after {' and '.join(texts)}")
+    prompt = encode_text(score, end, tokenizer, grammar)
+    return prompt._replace(title=f"after {' and '.join(texts)}")
 
 
 def file_ids(args, tokenizer):
@@ -539,41 +513,34 @@ def text_to_score(args):
     return score, end
 
 
-def encode_text(score, end, tokenizer):
-    """A Score and its end in ticks -> ids, the base tokens that then move on to its end, seconds.
+def encode_text(score, end, tokenizer, grammar):
+    """A Score and its end in ticks -> its Prompt: new music begins at the end, after any rest.
 
-    Encoded as it is, it would begin with its first note and end with its last. So an unused key is
-    struck at either end, which shows how tokens count that time, and is taken out again.
+    A key that it does not use is struck at either end: the first keeps a rest at the beginning, and
+    tokens that move on to the second are known. The last of these are left to the first new token,
+    in which BPE may have joined them with a note: in training data they seldom stand alone.
     """
     unused = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
     score.tracks[0].notes.extend([Note(0, 1, unused, 64), Note(end, 1, unused, 64)])
     score = midi_tokenize.prepare(score, tokenizer)
-    track, seconds = score.tracks[0], notes_of(score)["time"][-1]
-    kept = [note.copy() for note in track.notes if note.pitch != unused]
-    end_mark = track.notes[-1].copy()
-    track.notes = kept
-    ids = midi_tokenize.encode(score, tokenizer)
-    track.notes = [*kept, end_mark]
-    marked = midi_tokenize.encode(score, tokenizer)
-    after = spell(marked, tokenizer)[len(spell(ids, tokenizer)) :]
-    kinds = [name.split("_")[0] for name in after]
-    return ids, after[: kinds.index("Pitch")], seconds
-
-
-def go_on_after(ids, moves, tokenizer, grammar):
-    """Add the base tokens `moves` to ids, and tell with which tokens new music may begin then.
-
-    The last of them are left to the first new token. It may be one in which BPE has joined them
-    with a note, as in the training data, where they seldom stand alone.
-    """
-    names = base_tokens(tokenizer)
-    for count in range(len(moves)):
-        begun, missing = ids + [tokenizer[name] for name in moves[:count]], moves[count:]
-        first_V = np.array([parts[: len(missing)] == missing for parts in names])
-        first_V &= np.array(grammar.allows(grammar.after(begun))[0])
+    seconds, track = notes_of(score)["time"][-1], score.tracks[0]
+    track.notes = [note for note in track.notes if note.pitch != unused or note.time > 0]
+    base = midi_tokenize.base_ids(score, tokenizer)
+    names = np.array(sorted(tokenizer.vocab, key=tokenizer.vocab.get))[base]
+    kinds = [name.split("_")[0] for name in names]
+    last, mark = np.flatnonzero(np.array(kinds) == "Pitch")[-2:]
+    moves = next(place for place in range(last, mark + 1) if kinds[place] in MOVES or place == mark)
+    [given] = midi_tokenize.add_bpe([base[:moves]], tokenizer)
+    ids, first_V = [tokenizer["BOS_None"], *given], True
+    for begun in range(moves, mark):
+        missing = names[begun:mark].tolist()
+        ids = [tokenizer["BOS_None"], *given, *base[moves:begun].tolist()]
+        allowed_V = grammar.allows(jnp.array(ids[-1:]), grammar.after(ids))[0]
+        fits_V = [parts[: len(missing)] == missing for parts in base_tokens(tokenizer)]
+        first_V = np.array(allowed_V) & fits_V
         if first_V.any():
-            return begun, first_V
-    return ids, True
+            break
+    return Prompt(ids, first_V, len(track.notes) - 1, seconds)
 
 
 # ---- music to files ------------------------------------------------------------------------------

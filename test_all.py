@@ -2334,9 +2334,15 @@ def tsd_tokenizer():
     return tokenizer
 
 
+def spell(ids, tokenizer):
+    """The base tokens of a piece."""
+    names = sample.base_tokens(tokenizer)
+    return [name for token in ids for name in names[token]]
+
+
 def syntax_errors(tokenizer, pieces):
     """Errors and base tokens in sampled ids, as miditok counts them: kinds, time running backwards, doubled notes."""
-    pieces = [sample.spell(ids, tokenizer) for ids in pieces if ids]
+    pieces = [spell(ids, tokenizer) for ids in pieces if ids]
     tokenizer.config.remove_duplicated_notes = True  # makes miditok count doubled notes
     return sum(tokenizer._tokens_errors(piece) for piece in pieces), sum(map(len, pieces))
 
@@ -2352,7 +2358,7 @@ def test_sample_grammar_leaves_no_syntax_error_and_forbids_no_music(make, reques
     chance = np.random.default_rng(0).integers(3, len(tokenizer), (4, 300)).tolist()
     assert syntax_errors(tokenizer, chance)[0] > 100  # it does count
 
-    drawn = {name.split("_")[0] for ids in pieces for name in sample.spell(ids, tokenizer)}
+    drawn = {name.split("_")[0] for ids in pieces for name in spell(ids, tokenizer)}
     assert drawn == set(tokenizer.tokens_types_graph) - {"PAD", "BOS", "EOS", "PitchDrum"}
     if make is tsd_tokenizer:  # what a fork of tokenize.py does there
         monkeypatch.setattr(midi_tokenize, "encode", lambda score, tokenizer: tokenizer.encode(score)[0].ids)
@@ -2360,8 +2366,14 @@ def test_sample_grammar_leaves_no_syntax_error_and_forbids_no_music(make, reques
     for seed in range(4):
         ids = midi_tokenize.encode(etude(tokenizer, seed), tokenizer)
         ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
-        allows = jax.jit(lambda state, token: (grammar.step(state, token[None]), grammar.allows(state)[0, token]))
-        _, allowed = jax.lax.scan(allows, grammar.after(ids[:1]), jnp.array(ids[1:]))
+        open_BN = grammar.after(ids[:1])
+
+        def allowed(open_BN, pair):
+            last, token = pair
+            allowed_BV = grammar.allows(last[None], open_BN)
+            return grammar.step(open_BN, token[None]), allowed_BV[0, token]
+
+        _, allowed = jax.lax.scan(allowed, open_BN, (jnp.array(ids[:-1]), jnp.array(ids[1:])))
         assert allowed.all()
 
 
@@ -2925,10 +2937,8 @@ def bench_sample(tokens=100):
     """Base size in float32, without a grammar: `python test_all.py bench_sample`; beside PyTorch, where it is at hand."""
     cfg = model.Config()
     context, vocab_size = cfg.context, cfg.vocab_size
-    nothing_V2 = jnp.zeros((vocab_size, 2), int)
-    free = sample.Grammar(
-        jnp.ones((1, vocab_size), bool), nothing_V2, nothing_V2 > 0, nothing_V2[:, 0], nothing_V2, nothing_V2 == 0, jnp.int32(-1)
-    )
+    all_V, none_VN = jnp.ones(vocab_size, bool), jnp.zeros((vocab_size, 1), bool)
+    free = sample.Grammar(all_V, 0 * jnp.arange(vocab_size), 0.0 * none_VN, ~none_VN, none_VN, none_VN, jnp.int32(-1))
     ids = np.random.default_rng(0).integers(0, vocab_size, context + 1).tolist()
 
     def ours(rows, given=1, count=tokens, **changes):
