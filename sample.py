@@ -61,7 +61,16 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def parse_flags(words=None):
-    """All knobs; returns the parser and what was typed."""
+    """The knobs, one a line: name, limits, default, meaning; returns the parser and what was typed."""
+
+    def between(low, high):
+        def number(text):
+            if not low <= type(high)(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+            return type(high)(text)
+
+        return number
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
     )
@@ -78,17 +87,19 @@ def parse_flags(words=None):
     flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; C{" C".join(CHORDS)}')
     flag("--scale", help=f'one octave upwards: "D minor"; {" ".join(SCALES)}')
     flag("--motif", help='notes with beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
-    flag("--bpm", type=float, default=90, help="beats a minute of these three")
+    flag("--bpm", type=between(10, 500.0), default=90, help="beats a minute of these three")
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 11, 255, 777], help="one piece each")
     flag("--num_samples", type=int, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    flag("--temperatures", type=float, nargs="+", default=[1.0], help="each with each seed")
-    flag("--best_of", type=int, default=8, metavar="N", help="draw N for each piece, keep the best")
+    share, count = between(0, 1.0), between(1, 10**6)
+    warmth = between(0, 100.0)
+    flag("--temperatures", type=warmth, nargs="+", default=[1.0], help="each with each seed")
+    flag("--best_of", type=count, default=8, metavar="N", help="draw N for each, keep the best")
     flag("--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
-    flag("--top_p", type=float, default=0.9, metavar="P", help="only the likeliest that sum to P")
-    flag("--min_p", type=float, default=0.0, metavar="P", help="none under P x the likeliest")
-    flag("--max_tokens", type=int, default=2000, metavar="N", help="of new music, at the most")
+    flag("--top_p", type=share, default=0.9, metavar="P", help="only the likeliest that sum to P")
+    flag("--min_p", type=share, default=0.0, metavar="P", help="none under P x the likeliest")
+    flag("--max_tokens", type=count, default=2000, metavar="N", help="of new music, at the most")
     flag("--min_tokens", type=int, default=100, metavar="N", help="before a piece may end")
     flag("--seconds", type=float, help="of new music, at the most")
     flag("--window_drop", type=int, metavar="N", help="tokens forgotten when the context is full "
@@ -100,7 +111,13 @@ def parse_flags(words=None):
     if unknown:
         real = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)
         parser.error(f"{unknown[0]}: unknown; the nearest flag is {real[0]}")
-    check_flags(parser, args)
+    has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
+    if args.prompt and has_text:
+        parser.error("--prompt is a file, --chords, --scale and --motif are text: choose one")
+    if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
+        parser.error("--prompt_tokens, --prompt_seconds, --prompt_bars: of what --prompt?")
+    if args.bpm != parser.get_default("bpm") and not has_text:
+        parser.error(f"--bpm {args.bpm:g}: is the speed of --chords, --scale or --motif; add one")
     return parser, args
 
 
@@ -131,7 +148,7 @@ def filter_logits(logits_BV, settings):
 
 
 def least_of_top_p(p_BV, top_p):
-    """The highest bound with at least top_p in all above it, by halving: sorting takes 20 x longer."""
+    """The highest bound with at least top_p above it, by halving: sorting takes 20 x longer."""
 
     def halve(_, bounds):
         low_B1, high_B1 = bounds
@@ -433,11 +450,8 @@ def file_ids(args, tokenizer):
     """Of a MIDI file, the part that the flags ask for, as ids."""
     score = midi_tokenize.read_midi(args.prompt)
     if args.prompt_bars:
-        midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or bars for years
-        try:
-            bar_lines = [*get_bars_ticks(score), score.end()]
-        except ArithmeticError as error:
-            raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
+        midi_tokenize.prepare(score, tokenizer)  # refuses what has bars for years
+        bar_lines = [*get_bars_ticks(score), score.end()]
         score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
     score = midi_tokenize.prepare(score, tokenizer)
     if args.prompt_seconds:
@@ -789,23 +803,6 @@ def choose(pieces, known):
 # ---- the steps, in order -------------------------------------------------------------------------
 
 
-def check_flags(parser, args):
-    """Refuse what would be passed over, or give other music than was asked for."""
-    limits = {"temperatures": (0, 100), "top_p": (1e-6, 1), "min_p": (0, 1), "top_k": (0, 10**6)}
-    limits |= {"best_of": (1, 10**4), "max_tokens": (1, 10**6), "bpm": (10, 500)}
-    for name, (low, high) in limits.items():
-        for value in np.atleast_1d(getattr(args, name)):
-            if not low <= value <= high:
-                parser.error(f"--{name} {value}: must be from {low} to {high}")
-    has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
-    if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
-        parser.error("--prompt_tokens, --prompt_seconds, --prompt_bars: of what --prompt?")
-    if args.prompt and has_text:
-        parser.error("--prompt is a file, --chords, --scale and --motif are text: choose one")
-    if args.bpm != parser.get_default("bpm") and not has_text:
-        parser.error(f"--bpm {args.bpm:g}: is the speed of --chords, --scale or --motif; add one")
-
-
 def load_run(folder):
     """The model, on this device, its tokenizer, and what the checkpoint says of itself."""
     paths = [folder / "best.ckpt", folder / "last.ckpt"]  # at first a run only has the latter
@@ -871,11 +868,10 @@ def compose(args, model, tokenizer, grammar, prompt):
 
 def main(args):
     model, tokenizer, facts = load_run(args.run)
-    if args.window_drop is not None and model.cfg.rotary:
-        raise Refused(f"--window_drop {args.window_drop}: with rotary positions it is always 1")
-    if args.window_drop is not None and not 0 < args.window_drop < model.cfg.context:
-        limit = model.cfg.context - 1  # something has to be left
-        raise Refused(f"--window_drop {args.window_drop}: must be from 1 to {limit}")
+    if args.window_drop is not None:
+        limit = 1 if model.cfg.rotary else model.cfg.context - 1  # something has to be left
+        if not 1 <= args.window_drop <= limit:
+            raise Refused(f"--window_drop {args.window_drop}: must be from 1 to {limit}")
     scale = parse_scale(args.scale_lock) if args.scale_lock is not None else range(12)
     grammar = build_grammar(tokenizer, {pitch % 12 for pitch in scale})
     prompt = read_prompt(args, tokenizer, grammar)

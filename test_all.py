@@ -2634,7 +2634,7 @@ SAMPLE_MISTAKES = [
     ("--temperatures nan", "temperatures"), ("--max_tokens 0", "max_tokens"), ("--window_drop 99", "window_drop"),
     ("--run {none}", "none"), ("--run {hostile}", "hostile"), ("--run {foreign}", "foreign"), ("--bpm 60", "--chords"),
     ("--run {diverged}", "diverged"), ("--prompt_tokens 5", "--prompt"), ("--temperature 1", "--temperatures"),
-    ("--motif C4 --bpm 1000", "bpm"), ("--run {rotary} --window_drop 8", "rotary"), ("--run {smaller}", "smaller"),
+    ("--motif C4 --bpm 1000", "bpm"), ("--run {rotary} --window_drop 8", "window_drop"), ("--run {smaller}", "smaller"),
     ("--out {noise}", "noise.mid"), ("--prompt {there} --out {out}", "lies in --out"), ("--run {silent}", "nothing"),
 ]  # fmt: skip
 
