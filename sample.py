@@ -612,25 +612,17 @@ class Piece(NamedTuple):
 
 
 def finish(draw, ids, prompt, seconds, tokenizer):
-    """What was drawn, as a Piece: without notes that begin after so many seconds of new music.
-
-    If it was cut, its last bar may be half a bar, and goes.
-    """
+    """What was drawn, as a Piece: without notes that begin after so many seconds of new music."""
     score = to_score(ids, tokenizer)
     onsets = notes_of(score)["time"]
     count = np.searchsorted(onsets, prompt.seconds + seconds)
-    in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
-    cut = in_time and not has_end
-    if cut:
-        ticks = score.tracks[0].notes.numpy()["time"]
-        last_bar = max(line for line in get_bars_ticks(score) if line <= ticks[-1])
-        whole = np.searchsorted(ticks, last_bar)
-        count = whole if whole > prompt.notes else count
     if count <= prompt.notes:
         raise Refused("no new note")
+    in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
     score = first_notes(score, count)
     notes = notes_of(score)
     points, figures = judge(notes, prompt.notes, in_time and has_end)
+    cut = in_time and not has_end
     return Piece(draw, score, notes, prompt.notes, cut, points, figures)
 
 
@@ -706,16 +698,15 @@ def judge(notes, given, ended):
     loop, strikes = longest_loop(notes), most_strikes(notes)
     silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
     points = ended + 2 * home + lasts + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key
-
-    words = ["ends by itself, on a long chord on the tonic" if home else "ends by itself"]
-    if not ended:
-        words = ["does not come to an end"]
-    if loop > 8:
-        words.append(f"repeats a figure for {loop:.0f} s")
-    if strikes > 32:
-        words.append(f"strikes a key {strikes} times running")
-    if silence >= 2:
-        words.append(f"is silent for {silence:.0f} s")
+    says = {
+        "does not come to an end": not ended,
+        "ends by itself": ended and not home,
+        "ends by itself, on a long chord on the tonic": home,
+        f"repeats a figure for {loop:.0f} s": loop > 8,
+        f"strikes a key {strikes} times running": strikes > 32,
+        f"is silent for {silence:.0f} s": silence >= 2,
+    }
+    words = [words for words, true in says.items() if true]
     key = f"{PITCHES[tonic]} {mode}, with {in_key:.0%} of the new notes"
     return points, {"chosen": "; ".join(words), "key": key}
 
@@ -789,15 +780,17 @@ def longest_copy(pitches, known):
 def choose(pieces, known):
     """The Piece with most points of those that copy at most half of their notes."""
     pieces = sorted(pieces, key=lambda piece: -piece.points)
+    if not known:
+        return pieces[0]
     compared = []
-    for piece in pieces if known else []:
+    for piece in pieces:
         pitches = piece.notes["pitch"][piece.given :]
         copied = longest_copy(pitches, known)
         words = f"{copied} of {len(pitches)} notes also stand in the training music"
         compared.append(piece._replace(figures=piece.figures | {"longest copy": words}))
         if copied <= len(pitches) / 2:
             return compared[-1]
-    return [*compared, *pieces][0]
+    return compared[0]
 
 
 # ---- the steps, in order -------------------------------------------------------------------------
@@ -914,6 +907,7 @@ PAGE = r"""<!doctype html>
   b { display: block; color: CanvasText; font: 17px/1.4 Georgia, serif }
   button { padding: 0; border: 0; background: none; color: #888; font: inherit; text-align: left }
   .current b, a, div button { color: #e0457b; text-decoration: none }
+  button:disabled { opacity: 0.4 }
   canvas { width: 100%; border-radius: 8px; background: linear-gradient(#e0457b44 0 0) 0 / 0 no-repeat #8881 }
   #play { width: 46px; border-radius: 50%; background: #e0457b; fill: Canvas; line-height: 0 }
   #roll { height: min(44vh, 25vw + 120px) }
@@ -1021,14 +1015,13 @@ function perform(piece, stage, from, begin) {  // its second `from` sounds at th
   };
 }
 
-async function renderWav(piece, progress) {
+async function renderWav(piece) {
   const context = new OfflineAudioContext(2, RATE * piece.end, RATE);
   const heard = perform(piece, openHall(context).stage, 0, 0);
   heard.feed(context.suspend ? 2 : Infinity);  // Firefox can't halt on the way: all notes at once
   for (let second = 1; context.suspend && second < piece.end - 1; second++) {
     context.suspend(second).then(() => {
       heard.feed(second + 2);
-      progress(second / piece.end);
       context.resume();
     });
   }
@@ -1114,11 +1107,10 @@ function addPiece(piece) {
   Object.assign(mid, {download: `${piece.name}.mid`, href: `data:audio/midi;base64,${piece.midi}`});
   wav.onclick = async () => {
     wav.disabled = true;
-    const file = await renderWav(piece, share => wav.textContent = `${Math.round(100 * share)} %`);
-    const link = document.createElement("a"), href = URL.createObjectURL(file);
+    const link = document.createElement("a"), href = URL.createObjectURL(await renderWav(piece));
     Object.assign(link, {download: `${piece.name}.wav`, href}).click();
     setTimeout(() => URL.revokeObjectURL(href), 60_000);
-    Object.assign(wav, {textContent: ".wav", disabled: false});
+    wav.disabled = false;
   };
   find("main").append(section);
   return Object.assign(piece, {section, strip});
