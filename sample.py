@@ -10,7 +10,7 @@ OUT receives index.html, a page that plays the music (open it, or mail it: all i
 """
 
 # Names end in their shape: B pieces in the making, T tokens of a window, N tokens of a piece,
-# V vocabulary, K kinds of token, 2 a position in the bar and a pitch.
+# V vocabulary, U the base tokens of which BPE has made it.
 
 import signal
 import sys
@@ -61,7 +61,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def parse_flags(words=None):
-    """The knobs, one a line: name, limits, default, meaning; returns the parser and what was typed."""
+    """The knobs, one a line: name, limits, default, meaning. -> parser, flags."""
 
     def between(low, high):
         def number(text):
@@ -92,8 +92,7 @@ def parse_flags(words=None):
     flag = parser.add_argument_group("sampling").add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 11, 255, 777], help="one piece each")
     flag("--num_samples", type=int, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    share, count = between(0, 1.0), between(1, 10**6)
-    warmth = between(0, 100.0)
+    share, count, warmth = between(0, 1.0), between(1, 10**6), between(0, 100.0)
     flag("--temperatures", type=warmth, nargs="+", default=[1.0], help="each with each seed")
     flag("--best_of", type=count, default=8, metavar="N", help="draw N for each, keep the best")
     flag("--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
@@ -186,7 +185,7 @@ class Music(NamedTuple):
     length: jax.Array
     begin: jax.Array  # of the window that the model sees
     cache: list  # keys and values of the window, but for its last token
-    open_BN: jax.Array  # by the grammar
+    open_BU: jax.Array  # by the grammar
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -201,19 +200,19 @@ def add_tokens(fixed, music, steps, settings):
     model, grammar, first_V, given, keys_B, temperature_B = fixed
 
     def add_token(_, music):
-        tokens_BN, length, begin, cache, open_BN = music
+        tokens_BN, length, begin, cache, open_BU = music
         last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
         logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
         goes_on_V = jnp.arange(model.cfg.vocab_size) != grammar.eos
         allowed_V = goes_on_V | (length >= given + settings.min_tokens)
         allowed_V &= first_V | (length > given)
-        allowed_BV = grammar.allows(last_B1[:, 0], open_BN) & allowed_V
+        allowed_BV = grammar.allows(last_B1[:, 0], open_BU) & allowed_V
         logits_BV = jnp.where(allowed_BV, logits_B1V[:, 0], -jnp.inf)
         token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
         token_B = pick(logits_BV, token_keys_B, temperature_B, settings)
         token_B = jnp.where(last_B1[:, 0] == grammar.eos, grammar.eos, token_B)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
-        return Music(tokens_BN, length + 1, begin, cache, grammar.step(open_BN, token_B))
+        return Music(tokens_BN, length + 1, begin, cache, grammar.step(open_BU, token_B))
 
     return jax.lax.fori_loop(0, steps, add_token, music)
 
@@ -291,8 +290,8 @@ def read_prompt_once(model, grammar, prompt, draws, total, begin):
     if length - 1 > begin:
         cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
     one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
-    cache, open_BN = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
-    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, open_BN)
+    cache, open_BU = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
+    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, open_BU)
     temperature_B = np.array([draw.temperature for draw in draws], np.float32)
     keys_B = jnp.stack([draw.key() for draw in draws])
     first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
@@ -305,103 +304,104 @@ MOVES = "Bar", "Position", "TimeShift"  # kinds of base token that move on in ti
 
 
 class Grammar(NamedTuple):
-    """Which tokens may come next, by the base tokens (N) that BPE has joined in them.
+    """Which tokens may come next, by the base tokens (U) that BPE has joined in them.
 
     Kinds follow each other as the tokenizer's own graph says. Within a bar positions rise, and
     within a chord pitches, as they always do in training data: so time never runs backwards and no
     note is struck twice. What has been passed is closed, until a new bar or position opens it.
     """
 
-    usable_V: jax.Array  # not those with notes out of the scale
+    usable_V: jax.Array  # is it without notes out of the scale?
     first_V: jax.Array  # the base token that it begins with
-    needs_VN: jax.Array  # 1 for those that have to be open, 0 for the others
-    follows_VN: jax.Array  # may this base token come after it?
-    opens_VN: jax.Array
-    closes_VN: jax.Array
+    needs_VU: jax.Array  # 1 for the base tokens that have to be open before it, else 0
+    follows_VU: jax.Array  # may this base token come after it?
+    opens_VU: jax.Array  # what it opens ...
+    closes_VU: jax.Array  # ... and what it then closes
     eos: jax.Array
 
-    def allows(self, last_B, open_BN):
-        """What may come after these tokens [B, V]."""
-        blocked_BV = ~open_BN @ self.needs_VN.T > 0
-        return self.follows_VN[last_B][:, self.first_V] & ~blocked_BV & self.usable_V
+    def allows(self, last_B, open_BU):
+        """What may come after these tokens, as a mask [B, V]."""
+        blocked_BV = ~open_BU @ self.needs_VU.T > 0
+        return self.follows_VU[last_B][:, self.first_V] & ~blocked_BV & self.usable_V
 
-    def step(self, open_BN, token_B):
-        return (open_BN | self.opens_VN[token_B]) & ~self.closes_VN[token_B]
+    def step(self, open_BU, token_B):
+        return (open_BU | self.opens_VU[token_B]) & ~self.closes_VU[token_B]
 
     def after(self, ids):
-        """What is open after the tokens of one piece [1, N]."""
+        """What is open after the tokens of one piece."""
 
-        def step(open_1N, token_1):
-            return self.step(open_1N, token_1), None
+        def step(open_1U, token_1):
+            return self.step(open_1U, token_1), None
 
-        all_1N = jnp.ones_like(self.opens_VN[:1])
-        return jax.lax.scan(step, all_1N, jnp.array(ids)[:, None])[0]
+        all_1U = jnp.ones_like(self.opens_VU[:1])
+        return jax.lax.scan(step, all_1U, jnp.array(ids)[:, None])[0]
+
+
+def base_names(tokenizer):
+    """The base tokens in the order of their ids, which BPE leaves them: "Kind_value"."""
+    return np.array(sorted(tokenizer.vocab, key=tokenizer.vocab.get))
 
 
 def base_tokens(tokenizer):
-    """What every id stands for: its "Kind_value" tokens, several where BPE has joined them."""
+    """What every id stands for: its base tokens, several where BPE has joined them."""
     if not tokenizer.is_trained:
-        return [[name] for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
+        return [[name] for name in base_names(tokenizer).tolist()]
     joined = tokenizer._vocab_learned_bytes_to_tokens
     return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
 
 
 def build_grammar(tokenizer, pitch_classes=range(12)):
     """The grammar of this tokenizer's tokens, without notes of other pitch classes."""
-    names_N = [name.split("_") for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
-    kind_N = np.array([kind for kind, _ in names_N])
-    special_N = np.array(["_".join(name) in tokenizer.special_tokens for name in names_N])
-    moves_N = np.isin(kind_N, MOVES)
-    wrong = {str(pitch) for pitch in range(128) if pitch % 12 not in pitch_classes}
-    wrong_N = np.array([kind == "Pitch" and value in wrong for kind, value in names_N])
+    names_U = base_names(tokenizer)
+    kind_U = np.array([name.split("_")[0] for name in names_U])
+    special_U, moves_U = np.isin(names_U, tokenizer.special_tokens), np.isin(kind_U, MOVES)
+    wrong = [f"Pitch_{pitch}" for pitch in range(128) if pitch % 12 not in pitch_classes]
+    wrong_U = np.isin(names_U, wrong)
 
-    follows_NN = midi_tokenize.grammar(tokenizer)
-    follows_NN[:, special_N | wrong_N | (kind_N == "PitchDrum")] = False
-    if "Bar" in kind_N:
-        begins_N = kind_N == "Bar"
+    follows_UU = midi_tokenize.grammar(tokenizer)
+    follows_UU[:, special_U | wrong_U | (kind_U == "PitchDrum")] = False
+    if "Bar" in kind_U:
+        begins_U = kind_U == "Bar"
     else:
-        begins_N = follows_NN[kind_N == "TimeShift"].any(axis=0) & ~moves_N
+        begins_U = follows_UU[kind_U == "TimeShift"].any(axis=0) & ~moves_U
     # a piece may end where time may move on, but not where it has just done so
-    may_end_N = follows_NN[:, moves_N].any(axis=1) & ~moves_N & ~special_N
-    follows_NN[special_N] = begins_N
-    follows_NN[:, tokenizer["EOS_None"]] = may_end_N
+    may_end_U = follows_UU[:, moves_U].any(axis=1) & ~moves_U & ~special_U
+    follows_UU[special_U] = begins_U
+    follows_UU[:, tokenizer["EOS_None"]] = may_end_U
 
     # a pitch or position closes itself and lower ones: those of lower ids
-    same_kind_NN = kind_N[:, None] == kind_N
-    closes_NN = np.tril(same_kind_NN & np.isin(kind_N, ["Pitch", "Position"]))
-    opens_NN = np.outer(moves_N, kind_N == "Pitch")
-    opens_NN |= np.outer(kind_N == "Bar", kind_N == "Position")
-    assert_no_dead_end(follows_NN, opens_NN, closes_NN, kind_N)
+    same_kind_UU = kind_U[:, None] == kind_U
+    closes_UU = np.tril(same_kind_UU & np.isin(kind_U, ["Pitch", "Position"]))
+    opens_UU = np.outer(moves_U, kind_U == "Pitch")
+    opens_UU |= np.outer(kind_U == "Bar", kind_U == "Position")
+    assert_no_dead_end(follows_UU, opens_UU, closes_UU, kind_U)
 
-    shape_VN = len(tokenizer), len(names_N)
-    needs_VN, opens_VN, closes_VN = (np.zeros(shape_VN, bool) for _ in range(3))
-    first_V, last_V = np.zeros(len(tokenizer), int), np.zeros(len(tokenizer), int)
+    needs_VU, opens_VU, closes_VU = np.zeros((3, len(tokenizer), len(names_U)), bool)
+    first_V, last_V = np.zeros((2, len(tokenizer)), int)
     usable_V = np.zeros(len(tokenizer), bool)  # BPE has one token of nothing
     for token, names in enumerate(base_tokens(tokenizer)):
         parts = [tokenizer.vocab[name] for name in names]
         for part in parts:
-            needs_VN[token, part] |= ~opens_VN[token, part]
-            opens_VN[token] |= opens_NN[part]
-            closes_VN[token] &= ~opens_NN[part]
-            closes_VN[token] |= closes_NN[part]
+            needs_VU[token, part] |= ~opens_VU[token, part]
+            opens_VU[token] |= opens_UU[part]
+            closes_VU[token] &= ~opens_UU[part]
+            closes_VU[token] |= closes_UU[part]
         if parts:
             first_V[token], last_V[token] = parts[0], parts[-1]
-            usable_V[token] = not wrong_N[parts].any()
-    eos = tokenizer["EOS_None"]
-    grammar = Grammar(
-        usable_V, first_V, needs_VN.astype(np.float32), follows_NN[last_V], opens_VN, closes_VN, eos
-    )
+            usable_V[token] = not wrong_U[parts].any()
+    needs_VU, follows_VU, eos = np.float32(needs_VU), follows_UU[last_V], tokenizer["EOS_None"]
+    grammar = Grammar(usable_V, first_V, needs_VU, follows_VU, opens_VU, closes_VU, eos)
     return jax.tree.map(jnp.array, grammar)
 
 
-def assert_no_dead_end(follows_NN, opens_NN, closes_NN, kind_N):
+def assert_no_dead_end(follows_UU, opens_UU, closes_UU, kind_U):
     """Something may follow in every state: where nothing may, tokens would be drawn at random."""
-    open_NN = np.ones_like(follows_NN)  # after each base token, whatever came before it
-    for _ in set(kind_N):
-        closed_before_NN = follows_NN.T.astype(np.float32) @ ~open_NN > 0  # by any way to it
-        open_NN = (~closed_before_NN | opens_NN) & ~closes_NN
-    stuck_N = ~(follows_NN & open_NN).any(axis=1) & (kind_N != "EOS")
-    assert not stuck_N.any(), f"nothing may follow {set(kind_N[stuck_N])}"
+    open_UU = np.ones_like(follows_UU)  # after each base token, whatever came before it
+    for _ in set(kind_U):
+        closed_before_UU = follows_UU.T.astype(np.float32) @ ~open_UU > 0  # by any way to it
+        open_UU = (~closed_before_UU | opens_UU) & ~closes_UU
+    stuck_U = ~(follows_UU & open_UU).any(axis=1) & (kind_U != "EOS")
+    assert not stuck_U.any(), f"nothing may follow {set(kind_U[stuck_U])}"
 
 
 # ---- prompts: files and texts --------------------------------------------------------------------
@@ -540,7 +540,7 @@ def encode_text(score, end, tokenizer, grammar):
     seconds, track = notes_of(score)["time"][-1], score.tracks[0]
     track.notes = [note for note in track.notes if note.pitch != unused or note.time > 0]
     base = midi_tokenize.base_ids(score, tokenizer)
-    names = np.array(sorted(tokenizer.vocab, key=tokenizer.vocab.get))[base]
+    names = base_names(tokenizer)[base]
     kinds = [name.split("_")[0] for name in names]
     last, mark = np.flatnonzero(np.array(kinds) == "Pitch")[-2:]
     moves = next(place for place in range(last, mark + 1) if kinds[place] in MOVES or place == mark)
@@ -599,12 +599,15 @@ class Piece(NamedTuple):
 
     draw: Draw
     score: Score
-    notes: dict
     given: int  # how many of its first notes are the prompt's
     cut: bool  # by --max_tokens
     points: float  # by which it is chosen
     figures: dict  # what a listener may ask about it
     title: str = ""
+
+    @property
+    def notes(self):
+        return notes_of(self.score)
 
     @property
     def name(self):
@@ -619,11 +622,9 @@ def finish(draw, ids, prompt, seconds, tokenizer):
     if count <= prompt.notes:
         raise Refused("no new note")
     in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
-    score = first_notes(score, count)
-    notes = notes_of(score)
-    points, figures = judge(notes, prompt.notes, in_time and has_end)
-    cut = in_time and not has_end
-    return Piece(draw, score, notes, prompt.notes, cut, points, figures)
+    score, cut = first_notes(score, count), in_time and not has_end
+    points, figures = judge(notes_of(score), prompt.notes, in_time and has_end)
+    return Piece(draw, score, prompt.notes, cut, points=points, figures=figures)
 
 
 def without_prompt(piece):
@@ -632,7 +633,7 @@ def without_prompt(piece):
     score = piece.score.clip(begin, piece.score.end() + 1)
     score.tracks[0].notes = piece.score.tracks[0].notes[piece.given :]
     score.tracks[0].shift_time(-begin, inplace=True)
-    return piece._replace(score=score, notes=notes_of(score), given=0)
+    return piece._replace(score=score, given=0)
 
 
 def bar_seconds(score):

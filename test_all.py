@@ -2366,14 +2366,14 @@ def test_sample_grammar_leaves_no_syntax_error_and_forbids_no_music(make, reques
     for seed in range(4):
         ids = midi_tokenize.encode(etude(tokenizer, seed), tokenizer)
         ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
-        open_BN = grammar.after(ids[:1])
+        open_BU = grammar.after(ids[:1])
 
-        def allowed(open_BN, pair):
+        def allowed(open_BU, pair):
             last, token = pair
-            allowed_BV = grammar.allows(last[None], open_BN)
-            return grammar.step(open_BN, token[None]), allowed_BV[0, token]
+            allowed_BV = grammar.allows(last[None], open_BU)
+            return grammar.step(open_BU, token[None]), allowed_BV[0, token]
 
-        _, allowed = jax.lax.scan(allowed, open_BN, (jnp.array(ids[:-1]), jnp.array(ids[1:])))
+        _, allowed = jax.lax.scan(allowed, open_BU, (jnp.array(ids[:-1]), jnp.array(ids[1:])))
         assert allowed.all()
 
 
@@ -2904,8 +2904,8 @@ def bench_sample(tokens=100):
     """Base size in float32, without a grammar: `python test_all.py bench_sample`; beside PyTorch, where it is at hand."""
     cfg = model.Config()
     context, vocab_size = cfg.context, cfg.vocab_size
-    all_V, none_VN = jnp.ones(vocab_size, bool), jnp.zeros((vocab_size, 1), bool)
-    free = sample.Grammar(all_V, 0 * jnp.arange(vocab_size), 0.0 * none_VN, ~none_VN, none_VN, none_VN, jnp.int32(-1))
+    all_V, none_VU = jnp.ones(vocab_size, bool), jnp.zeros((vocab_size, 1), bool)
+    free = sample.Grammar(all_V, 0 * jnp.arange(vocab_size), 0.0 * none_VU, ~none_VU, none_VU, none_VU, jnp.int32(-1))
     ids = np.random.default_rng(0).integers(0, vocab_size, context + 1).tolist()
 
     def ours(rows, given=1, count=tokens, **changes):
