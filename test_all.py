@@ -2366,14 +2366,13 @@ def test_sample_grammar_leaves_no_syntax_error_and_forbids_no_music(make, reques
     for seed in range(4):
         ids = midi_tokenize.encode(etude(tokenizer, seed), tokenizer)
         ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
-        open_BU = grammar.after(ids[:1])
 
-        def allowed(open_BU, pair):
+        def follow(open_BU, pair):
             last, token = pair
-            allowed_BV = grammar.allows(last[None], open_BU)
-            return grammar.step(open_BU, token[None]), allowed_BV[0, token]
+            return grammar.step(open_BU, token[None]), grammar.allows(last[None], open_BU)[0, token]
 
-        _, allowed = jax.lax.scan(allowed, open_BU, (jnp.array(ids[:-1]), jnp.array(ids[1:])))
+        pairs = jnp.array(ids[:-1]), jnp.array(ids[1:])
+        _, allowed = jax.lax.scan(follow, grammar.after(ids[:1]), pairs)
         assert allowed.all()
 
 
