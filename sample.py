@@ -10,7 +10,7 @@ OUT receives index.html, a page that plays the music (open it, or mail it: all i
 """
 
 # Names end in their shape: B pieces in the making, T tokens of a window, N tokens of a piece,
-# V vocabulary, K kinds of token, 2 a position in the bar and a pitch.
+# V vocabulary, U the base tokens of which BPE has made it.
 
 import signal
 import sys
@@ -61,7 +61,16 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def parse_flags(words=None):
-    """All knobs; returns the parser and what was typed."""
+    """The knobs, one a line: name, limits, default, meaning. -> parser, flags."""
+
+    def between(low, high):
+        def number(text):
+            if not low <= type(high)(text) <= high:
+                raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+            return type(high)(text)
+
+        return number
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
     )
@@ -78,17 +87,18 @@ def parse_flags(words=None):
     flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; C{" C".join(CHORDS)}')
     flag("--scale", help=f'one octave upwards: "D minor"; {" ".join(SCALES)}')
     flag("--motif", help='notes with beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
-    flag("--bpm", type=float, default=90, help="beats a minute of these three")
+    flag("--bpm", type=between(10, 500.0), default=90, help="beats a minute of these three")
 
     flag = parser.add_argument_group("sampling").add_argument
     flag("--seeds", type=int, nargs="+", default=[0, 11, 255, 777], help="one piece each")
     flag("--num_samples", type=int, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    flag("--temperatures", type=float, nargs="+", default=[1.0], help="each with each seed")
-    flag("--best_of", type=int, default=8, metavar="N", help="draw N for each piece, keep the best")
+    share, count, warmth = between(0, 1.0), between(1, 10**6), between(0, 100.0)
+    flag("--temperatures", type=warmth, nargs="+", default=[1.0], help="each with each seed")
+    flag("--best_of", type=count, default=8, metavar="N", help="draw N for each, keep the best")
     flag("--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
-    flag("--top_p", type=float, default=0.9, metavar="P", help="only the likeliest that sum to P")
-    flag("--min_p", type=float, default=0.0, metavar="P", help="none under P x the likeliest")
-    flag("--max_tokens", type=int, default=2000, metavar="N", help="of new music, at the most")
+    flag("--top_p", type=share, default=0.9, metavar="P", help="only the likeliest that sum to P")
+    flag("--min_p", type=share, default=0.0, metavar="P", help="none under P x the likeliest")
+    flag("--max_tokens", type=count, default=2000, metavar="N", help="of new music, at the most")
     flag("--min_tokens", type=int, default=100, metavar="N", help="before a piece may end")
     flag("--seconds", type=float, help="of new music, at the most")
     flag("--window_drop", type=int, metavar="N", help="tokens forgotten when the context is full "
@@ -100,7 +110,13 @@ def parse_flags(words=None):
     if unknown:
         real = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)
         parser.error(f"{unknown[0]}: unknown; the nearest flag is {real[0]}")
-    check_flags(parser, args)
+    has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
+    if args.prompt and has_text:
+        parser.error("--prompt is a file, --chords, --scale and --motif are text: choose one")
+    if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
+        parser.error("--prompt_tokens, --prompt_seconds, --prompt_bars: of what --prompt?")
+    if args.bpm != parser.get_default("bpm") and not has_text:
+        parser.error(f"--bpm {args.bpm:g}: is the speed of --chords, --scale or --motif; add one")
     return parser, args
 
 
@@ -131,7 +147,7 @@ def filter_logits(logits_BV, settings):
 
 
 def least_of_top_p(p_BV, top_p):
-    """The highest bound with at least top_p in all above it, by halving: sorting takes 20 x longer."""
+    """The highest bound with at least top_p above it, by halving: sorting takes 20 x longer."""
 
     def halve(_, bounds):
         low_B1, high_B1 = bounds
@@ -169,7 +185,7 @@ class Music(NamedTuple):
     length: jax.Array
     begin: jax.Array  # of the window that the model sees
     cache: list  # keys and values of the window, but for its last token
-    state: "State"  # where the grammar stands
+    open_BU: jax.Array  # by the grammar
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -184,18 +200,19 @@ def add_tokens(fixed, music, steps, settings):
     model, grammar, first_V, given, keys_B, temperature_B = fixed
 
     def add_token(_, music):
-        tokens_BN, length, begin, cache, state = music
+        tokens_BN, length, begin, cache, open_BU = music
         last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
         logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
         goes_on_V = jnp.arange(model.cfg.vocab_size) != grammar.eos
         allowed_V = goes_on_V | (length >= given + settings.min_tokens)
         allowed_V &= first_V | (length > given)
-        logits_BV = jnp.where(grammar.allows(state) & allowed_V, logits_B1V[:, 0], -jnp.inf)
+        allowed_BV = grammar.allows(last_B1[:, 0], open_BU) & allowed_V
+        logits_BV = jnp.where(allowed_BV, logits_B1V[:, 0], -jnp.inf)
         token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
         token_B = pick(logits_BV, token_keys_B, temperature_B, settings)
         token_B = jnp.where(last_B1[:, 0] == grammar.eos, grammar.eos, token_B)
         tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
-        return Music(tokens_BN, length + 1, begin, cache, grammar.step(state, token_B))
+        return Music(tokens_BN, length + 1, begin, cache, grammar.step(open_BU, token_B))
 
     return jax.lax.fori_loop(0, steps, add_token, music)
 
@@ -273,8 +290,8 @@ def read_prompt_once(model, grammar, prompt, draws, total, begin):
     if length - 1 > begin:
         cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
     one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
-    cache, state = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
-    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, state)
+    cache, open_BU = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
+    music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, open_BU)
     temperature_B = np.array([draw.temperature for draw in draws], np.float32)
     keys_B = jnp.stack([draw.key() for draw in draws])
     first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
@@ -283,132 +300,108 @@ def read_prompt_once(model, grammar, prompt, draws, total, begin):
 
 # ---- the grammar of music, as a mask over tokens -------------------------------------------------
 
-MOVES = {"BOS", "Bar", "Position", "TimeShift"}  # kinds of token after which chords begin anew
-
-
-class State(NamedTuple):
-    """The last kind of token of each piece, and the least position and pitch that may follow."""
-
-    kind_B: jax.Array
-    least_B2: jax.Array
+MOVES = "Bar", "Position", "TimeShift"  # kinds of base token that move on in time
 
 
 class Grammar(NamedTuple):
-    """Which tokens may come next in a State.
+    """Which tokens may come next, by the base tokens (U) that BPE has joined in them.
 
     Kinds follow each other as the tokenizer's own graph says. Within a bar positions rise, and
     within a chord pitches, as they always do in training data: so time never runs backwards and no
-    note is struck twice.
+    note is struck twice. What has been passed is closed, until a new bar or position opens it.
     """
 
-    follows_KV: jax.Array  # may this token come after a token of that kind?
-    first_V2: jax.Array  # the position and the pitch that it begins with ...
-    has_first_V2: jax.Array  # ... if it does
-    kind_V: jax.Array  # of its last base token
-    least_V2: jax.Array  # the least position and pitch that may come after it ...
-    sets_least_V2: jax.Array  # ... if it changes that
+    usable_V: jax.Array  # is it without notes out of the scale?
+    first_V: jax.Array  # the base token that it begins with
+    needs_VU: jax.Array  # 1 for the base tokens that have to be open before it, else 0
+    follows_VU: jax.Array  # may this base token come after it?
+    opens_VU: jax.Array  # what it opens ...
+    closes_VU: jax.Array  # ... and what it then closes
     eos: jax.Array
 
-    def allows(self, state):
-        rises_BV2 = (self.first_V2 >= state.least_B2[:, None]) | ~self.has_first_V2
-        return self.follows_KV[state.kind_B] & rises_BV2.all(axis=-1)
+    def allows(self, last_B, open_BU):
+        """What may come after these tokens, as a mask [B, V]."""
+        blocked_BV = ~open_BU @ self.needs_VU.T > 0
+        return self.follows_VU[last_B][:, self.first_V] & ~blocked_BV & self.usable_V
 
-    def step(self, state, token_B):
-        least_B2 = jnp.where(self.sets_least_V2[token_B], self.least_V2[token_B], state.least_B2)
-        return State(self.kind_V[token_B], least_B2)
+    def step(self, open_BU, token_B):
+        return (open_BU | self.opens_VU[token_B]) & ~self.closes_VU[token_B]
 
     def after(self, ids):
-        """The State of one piece after these tokens, of which the first is BOS."""
-        tokens = np.array(ids)
-        sets_N2 = np.array(self.sets_least_V2)[tokens]
-        last_2 = len(tokens) - 1 - np.argmax(sets_N2[::-1], axis=0)  # the last token that did
-        least_2 = np.array(self.least_V2)[tokens[last_2], [0, 1]]
-        return State(self.kind_V[tokens[-1:]], jnp.array(least_2)[None])
+        """What is open after the tokens of one piece."""
+
+        def step(open_1U, token_1):
+            return self.step(open_1U, token_1), None
+
+        all_1U = jnp.ones_like(self.opens_VU[:1])
+        return jax.lax.scan(step, all_1U, jnp.array(ids)[:, None])[0]
+
+
+def base_names(tokenizer):
+    """The base tokens in the order of their ids, which BPE leaves them: "Kind_value"."""
+    return np.array(sorted(tokenizer.vocab, key=tokenizer.vocab.get))
 
 
 def base_tokens(tokenizer):
-    """What every id stands for: its "Kind_value" tokens, several where BPE has joined them."""
+    """What every id stands for: its base tokens, several where BPE has joined them."""
     if not tokenizer.is_trained:
-        return [[name] for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
+        return [[name] for name in base_names(tokenizer).tolist()]
     joined = tokenizer._vocab_learned_bytes_to_tokens
     return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
 
 
-def spell(ids, tokenizer):
-    """The base tokens of a piece."""
-    names = base_tokens(tokenizer)
-    return [name for token in ids for name in names[token]]
-
-
-def places(parts):
-    """The first position and pitch of (kind, value) parts, and the least that may come after them.
-
-    None for those that they don't bring: a pitch may come after other notes of a chord, say.
-    """
-    first, least = [None, None], [None, None]
-    for kind, value in parts:
-        if kind in MOVES:
-            if kind == "Position" and least[0] is None:
-                first[0] = int(value)
-            position = int(value) + 1 if kind == "Position" else 0
-            least = [position, 0]
-        elif kind == "Pitch":
-            if least[1] is None:
-                first[1] = int(value)
-            least[1] = int(value) + 1
-    return first, least
-
-
 def build_grammar(tokenizer, pitch_classes=range(12)):
     """The grammar of this tokenizer's tokens, without notes of other pitch classes."""
-    special = {name.split("_")[0] for name in tokenizer.special_tokens}
-    graph = tokenizer.tokens_types_graph
-    graph = {kind: after - special - {"PitchDrum"} for kind, after in graph.items()}
-    music_begins = {"Bar"} if "Bar" in graph else graph["TimeShift"] - MOVES
-    graph |= dict.fromkeys(special, music_begins)
-    kinds = sorted(graph)
-    follows_KV = np.zeros((len(kinds), len(tokenizer)), bool)
-    kind_V = np.full(len(tokenizer), kinds.index("PAD"))
-    first, least = [], []
-    for token, names in enumerate(base_tokens(tokenizer)):
-        parts = [name.split("_") for name in names]
-        token_first, token_least = places(parts)
-        first.append(token_first)
-        least.append(token_least)
-        if parts:  # BPE has one token of nothing
-            pitches = {int(value) % 12 for kind, value in parts if kind == "Pitch"}
-            if pitches <= set(pitch_classes):
-                follows_KV[:, token] = [parts[0][0] in graph[kind] for kind in kinds]
-            kind_V[token] = kinds.index(parts[-1][0])
+    names_U = base_names(tokenizer)
+    kind_U = np.array([name.split("_")[0] for name in names_U])
+    special_U, moves_U = np.isin(names_U, tokenizer.special_tokens), np.isin(kind_U, MOVES)
+    wrong = [f"Pitch_{pitch}" for pitch in range(128) if pitch % 12 not in pitch_classes]
+    wrong_U = np.isin(names_U, wrong)
+
+    follows_UU = midi_tokenize.grammar(tokenizer)
+    follows_UU[:, special_U | wrong_U | (kind_U == "PitchDrum")] = False
+    if "Bar" in kind_U:
+        begins_U = kind_U == "Bar"
+    else:
+        begins_U = follows_UU[kind_U == "TimeShift"].any(axis=0) & ~moves_U
     # a piece may end where time may move on, but not where it has just done so
-    may_end = {kind for kind in kinds if graph[kind] & MOVES} - MOVES - special
-    eos = tokenizer["EOS_None"]
-    follows_KV[:, eos] = [kind in may_end for kind in kinds]
-    grammar = Grammar(follows_KV, *with_mask(first), kind_V, *with_mask(least), eos)
-    assert_no_dead_end(grammar, kinds)
+    may_end_U = follows_UU[:, moves_U].any(axis=1) & ~moves_U & ~special_U
+    follows_UU[special_U] = begins_U
+    follows_UU[:, tokenizer["EOS_None"]] = may_end_U
+
+    # a pitch or position closes itself and lower ones: those of lower ids
+    same_kind_UU = kind_U[:, None] == kind_U
+    closes_UU = np.tril(same_kind_UU & np.isin(kind_U, ["Pitch", "Position"]))
+    opens_UU = np.outer(moves_U, kind_U == "Pitch")
+    opens_UU |= np.outer(kind_U == "Bar", kind_U == "Position")
+    assert_no_dead_end(follows_UU, opens_UU, closes_UU, kind_U)
+
+    needs_VU, opens_VU, closes_VU = np.zeros((3, len(tokenizer), len(names_U)), bool)
+    first_V, last_V = np.zeros((2, len(tokenizer)), int)
+    usable_V = np.zeros(len(tokenizer), bool)  # BPE has one token of nothing
+    for token, names in enumerate(base_tokens(tokenizer)):
+        parts = [tokenizer.vocab[name] for name in names]
+        for part in parts:
+            needs_VU[token, part] |= ~opens_VU[token, part]
+            opens_VU[token] |= opens_UU[part]
+            closes_VU[token] &= ~opens_UU[part]
+            closes_VU[token] |= closes_UU[part]
+        if parts:
+            first_V[token], last_V[token] = parts[0], parts[-1]
+            usable_V[token] = not wrong_U[parts].any()
+    needs_VU, follows_VU, eos = np.float32(needs_VU), follows_UU[last_V], tokenizer["EOS_None"]
+    grammar = Grammar(usable_V, first_V, needs_VU, follows_VU, opens_VU, closes_VU, eos)
     return jax.tree.map(jnp.array, grammar)
 
 
-def with_mask(rows):
-    """Lists of numbers and None -> an array of integers, and a mask of those that are numbers."""
-    values = np.array(rows, float)  # None becomes NaN
-    return np.nan_to_num(values).astype(int), ~np.isnan(values)
-
-
-def assert_no_dead_end(grammar, kinds):
-    """Something may follow every state: where nothing may, tokens would be drawn at random."""
-    highest_K2 = np.zeros((len(kinds), 2), int)  # of all `least` that a state of this kind may have
-    reached_K = np.array(kinds) == "BOS"
-    for _ in kinds:
-        for kind in np.flatnonzero(reached_K):
-            tokens = np.flatnonzero(grammar.follows_KV[kind])
-            sets_N2, least_N2 = grammar.sets_least_V2[tokens], grammar.least_V2[tokens]
-            least_N2 = np.where(sets_N2, least_N2, highest_K2[kind])
-            np.maximum.at(highest_K2, grammar.kind_V[tokens], least_N2)
-            reached_K[grammar.kind_V[tokens]] = True
-    for kind in np.flatnonzero(reached_K & (np.array(kinds) != "EOS")):
-        state = State(np.array([kind]), highest_K2[[kind]])
-        assert grammar.allows(state).any(), f"nothing may follow {kinds[kind]}"
+def assert_no_dead_end(follows_UU, opens_UU, closes_UU, kind_U):
+    """Something may follow in every state: where nothing may, tokens would be drawn at random."""
+    open_UU = np.ones_like(follows_UU)  # after each base token, whatever came before it
+    for _ in set(kind_U):
+        closed_before_UU = follows_UU.T.astype(np.float32) @ ~open_UU > 0  # by any way to it
+        open_UU = (~closed_before_UU | opens_UU) & ~closes_UU
+    stuck_U = ~(follows_UU & open_UU).any(axis=1) & (kind_U != "EOS")
+    assert not stuck_U.any(), f"nothing may follow {set(kind_U[stuck_U])}"
 
 
 # ---- prompts: files and texts --------------------------------------------------------------------
@@ -449,21 +442,16 @@ def read_prompt(args, tokenizer, grammar):
     if not texts:
         return Prompt([bos])
     score, end = text_to_score(args)
-    ids, moves, seconds = encode_text(score, end, tokenizer)
-    count = to_score(ids, tokenizer).note_num()
-    ids, first_V = go_on_after([bos, *ids], moves, tokenizer, grammar)
-    return Prompt(ids, first_V, count, seconds, f"after {' and '.join(texts)}")
+    prompt = encode_text(score, end, tokenizer, grammar)
+    return prompt._replace(title=f"after {' and '.join(texts)}")
 
 
 def file_ids(args, tokenizer):
     """Of a MIDI file, the part that the flags ask for, as ids."""
     score = midi_tokenize.read_midi(args.prompt)
     if args.prompt_bars:
-        midi_tokenize.prepare(score, tokenizer)  # refuses what has no clock, or bars for years
-        try:
-            bar_lines = [*get_bars_ticks(score), score.end()]
-        except ArithmeticError as error:
-            raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
+        midi_tokenize.prepare(score, tokenizer)  # refuses what has bars for years
+        bar_lines = [*get_bars_ticks(score), score.end()]
         score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
     score = midi_tokenize.prepare(score, tokenizer)
     if args.prompt_seconds:
@@ -539,41 +527,34 @@ def text_to_score(args):
     return score, end
 
 
-def encode_text(score, end, tokenizer):
-    """A Score and its end in ticks -> ids, the base tokens that then move on to its end, seconds.
+def encode_text(score, end, tokenizer, grammar):
+    """A Score and its end in ticks -> its Prompt: new music begins at the end, after any rest.
 
-    Encoded as it is, it would begin with its first note and end with its last. So an unused key is
-    struck at either end, which shows how tokens count that time, and is taken out again.
+    A key that it does not use is struck at either end: the first keeps a rest at the beginning, and
+    tokens that move on to the second are known. The last of these are left to the first new token,
+    in which BPE may have joined them with a note: in training data they seldom stand alone.
     """
     unused = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
     score.tracks[0].notes.extend([Note(0, 1, unused, 64), Note(end, 1, unused, 64)])
     score = midi_tokenize.prepare(score, tokenizer)
-    track, seconds = score.tracks[0], notes_of(score)["time"][-1]
-    kept = [note.copy() for note in track.notes if note.pitch != unused]
-    end_mark = track.notes[-1].copy()
-    track.notes = kept
-    ids = midi_tokenize.encode(score, tokenizer)
-    track.notes = [*kept, end_mark]
-    marked = midi_tokenize.encode(score, tokenizer)
-    after = spell(marked, tokenizer)[len(spell(ids, tokenizer)) :]
-    kinds = [name.split("_")[0] for name in after]
-    return ids, after[: kinds.index("Pitch")], seconds
-
-
-def go_on_after(ids, moves, tokenizer, grammar):
-    """Add the base tokens `moves` to ids, and tell with which tokens new music may begin then.
-
-    The last of them are left to the first new token. It may be one in which BPE has joined them
-    with a note, as in the training data, where they seldom stand alone.
-    """
-    names = base_tokens(tokenizer)
-    for count in range(len(moves)):
-        begun, missing = ids + [tokenizer[name] for name in moves[:count]], moves[count:]
-        first_V = np.array([parts[: len(missing)] == missing for parts in names])
-        first_V &= np.array(grammar.allows(grammar.after(begun))[0])
+    seconds, track = notes_of(score)["time"][-1], score.tracks[0]
+    track.notes = [note for note in track.notes if note.pitch != unused or note.time > 0]
+    base = midi_tokenize.base_ids(score, tokenizer)
+    names = base_names(tokenizer)[base]
+    kinds = [name.split("_")[0] for name in names]
+    last, mark = np.flatnonzero(np.array(kinds) == "Pitch")[-2:]
+    moves = next(place for place in range(last, mark + 1) if kinds[place] in MOVES or place == mark)
+    [given] = midi_tokenize.add_bpe([base[:moves]], tokenizer)
+    ids, first_V = [tokenizer["BOS_None"], *given], True
+    for begun in range(moves, mark):
+        missing = names[begun:mark].tolist()
+        ids = [tokenizer["BOS_None"], *given, *base[moves:begun].tolist()]
+        allowed_V = grammar.allows(jnp.array(ids[-1:]), grammar.after(ids))[0]
+        fits_V = [parts[: len(missing)] == missing for parts in base_tokens(tokenizer)]
+        first_V = np.array(allowed_V) & fits_V
         if first_V.any():
-            return begun, first_V
-    return ids, True
+            break
+    return Prompt(ids, first_V, len(track.notes) - 1, seconds)
 
 
 # ---- music to files ------------------------------------------------------------------------------
@@ -618,7 +599,6 @@ class Piece(NamedTuple):
 
     draw: Draw
     score: Score
-    notes: dict
     given: int  # how many of its first notes are the prompt's
     cut: bool  # by --max_tokens
     points: float  # by which it is chosen
@@ -626,31 +606,25 @@ class Piece(NamedTuple):
     title: str = ""
 
     @property
+    def notes(self):
+        return notes_of(self.score)
+
+    @property
     def name(self):
         return f"seed{self.draw.seed}_temperature{self.draw.temperature}"
 
 
 def finish(draw, ids, prompt, seconds, tokenizer):
-    """What was drawn, as a Piece: without notes that begin after so many seconds of new music.
-
-    If it was cut, its last bar may be half a bar, and goes.
-    """
+    """What was drawn, as a Piece: without notes that begin after so many seconds of new music."""
     score = to_score(ids, tokenizer)
     onsets = notes_of(score)["time"]
     count = np.searchsorted(onsets, prompt.seconds + seconds)
-    in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
-    cut = in_time and not has_end
-    if cut:
-        ticks = score.tracks[0].notes.numpy()["time"]
-        last_bar = max(line for line in get_bars_ticks(score) if line <= ticks[-1])
-        whole = np.searchsorted(ticks, last_bar)
-        count = whole if whole > prompt.notes else count
     if count <= prompt.notes:
         raise Refused("no new note")
-    score = first_notes(score, count)
-    notes = notes_of(score)
-    points, figures = judge(notes, prompt.notes, in_time and has_end)
-    return Piece(draw, score, notes, prompt.notes, cut, points, figures)
+    in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
+    score, cut = first_notes(score, count), in_time and not has_end
+    points, figures = judge(notes_of(score), prompt.notes, in_time and has_end)
+    return Piece(draw, score, prompt.notes, cut, points=points, figures=figures)
 
 
 def without_prompt(piece):
@@ -659,7 +633,7 @@ def without_prompt(piece):
     score = piece.score.clip(begin, piece.score.end() + 1)
     score.tracks[0].notes = piece.score.tracks[0].notes[piece.given :]
     score.tracks[0].shift_time(-begin, inplace=True)
-    return piece._replace(score=score, notes=notes_of(score), given=0)
+    return piece._replace(score=score, given=0)
 
 
 def bar_seconds(score):
@@ -725,16 +699,15 @@ def judge(notes, given, ended):
     loop, strikes = longest_loop(notes), most_strikes(notes)
     silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
     points = ended + 2 * home + lasts + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key
-
-    words = ["ends by itself, on a long chord on the tonic" if home else "ends by itself"]
-    if not ended:
-        words = ["does not come to an end"]
-    if loop > 8:
-        words.append(f"repeats a figure for {loop:.0f} s")
-    if strikes > 32:
-        words.append(f"strikes a key {strikes} times running")
-    if silence >= 2:
-        words.append(f"is silent for {silence:.0f} s")
+    says = {
+        "does not come to an end": not ended,
+        "ends by itself": ended and not home,
+        "ends by itself, on a long chord on the tonic": home,
+        f"repeats a figure for {loop:.0f} s": loop > 8,
+        f"strikes a key {strikes} times running": strikes > 32,
+        f"is silent for {silence:.0f} s": silence >= 2,
+    }
+    words = [words for words, true in says.items() if true]
     key = f"{PITCHES[tonic]} {mode}, with {in_key:.0%} of the new notes"
     return points, {"chosen": "; ".join(words), "key": key}
 
@@ -808,35 +781,20 @@ def longest_copy(pitches, known):
 def choose(pieces, known):
     """The Piece with most points of those that copy at most half of their notes."""
     pieces = sorted(pieces, key=lambda piece: -piece.points)
+    if not known:
+        return pieces[0]
     compared = []
-    for piece in pieces if known else []:
+    for piece in pieces:
         pitches = piece.notes["pitch"][piece.given :]
         copied = longest_copy(pitches, known)
         words = f"{copied} of {len(pitches)} notes also stand in the training music"
         compared.append(piece._replace(figures=piece.figures | {"longest copy": words}))
         if copied <= len(pitches) / 2:
             return compared[-1]
-    return [*compared, *pieces][0]
+    return compared[0]
 
 
 # ---- the steps, in order -------------------------------------------------------------------------
-
-
-def check_flags(parser, args):
-    """Refuse what would be passed over, or give other music than was asked for."""
-    limits = {"temperatures": (0, 100), "top_p": (1e-6, 1), "min_p": (0, 1), "top_k": (0, 10**6)}
-    limits |= {"best_of": (1, 10**4), "max_tokens": (1, 10**6), "bpm": (10, 500)}
-    for name, (low, high) in limits.items():
-        for value in np.atleast_1d(getattr(args, name)):
-            if not low <= value <= high:
-                parser.error(f"--{name} {value}: must be from {low} to {high}")
-    has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
-    if not args.prompt and (args.prompt_tokens or args.prompt_seconds or args.prompt_bars):
-        parser.error("--prompt_tokens, --prompt_seconds, --prompt_bars: of what --prompt?")
-    if args.prompt and has_text:
-        parser.error("--prompt is a file, --chords, --scale and --motif are text: choose one")
-    if args.bpm != parser.get_default("bpm") and not has_text:
-        parser.error(f"--bpm {args.bpm:g}: is the speed of --chords, --scale or --motif; add one")
 
 
 def load_run(folder):
@@ -904,11 +862,10 @@ def compose(args, model, tokenizer, grammar, prompt):
 
 def main(args):
     model, tokenizer, facts = load_run(args.run)
-    if args.window_drop is not None and model.cfg.rotary:
-        raise Refused(f"--window_drop {args.window_drop}: with rotary positions it is always 1")
-    if args.window_drop is not None and not 0 < args.window_drop < model.cfg.context:
-        limit = model.cfg.context - 1  # something has to be left
-        raise Refused(f"--window_drop {args.window_drop}: must be from 1 to {limit}")
+    if args.window_drop is not None:
+        limit = 1 if model.cfg.rotary else model.cfg.context - 1  # something has to be left
+        if not 1 <= args.window_drop <= limit:
+            raise Refused(f"--window_drop {args.window_drop}: must be from 1 to {limit}")
     scale = parse_scale(args.scale_lock) if args.scale_lock is not None else range(12)
     grammar = build_grammar(tokenizer, {pitch % 12 for pitch in scale})
     prompt = read_prompt(args, tokenizer, grammar)
@@ -951,6 +908,7 @@ PAGE = r"""<!doctype html>
   b { display: block; color: CanvasText; font: 17px/1.4 Georgia, serif }
   button { padding: 0; border: 0; background: none; color: #888; font: inherit; text-align: left }
   .current b, a, div button { color: #e0457b; text-decoration: none }
+  button:disabled { opacity: 0.4 }
   canvas { width: 100%; border-radius: 8px; background: linear-gradient(#e0457b44 0 0) 0 / 0 no-repeat #8881 }
   #play { width: 46px; border-radius: 50%; background: #e0457b; fill: Canvas; line-height: 0 }
   #roll { height: min(44vh, 25vw + 120px) }
@@ -1058,14 +1016,13 @@ function perform(piece, stage, from, begin) {  // its second `from` sounds at th
   };
 }
 
-async function renderWav(piece, progress) {
+async function renderWav(piece) {
   const context = new OfflineAudioContext(2, RATE * piece.end, RATE);
   const heard = perform(piece, openHall(context).stage, 0, 0);
   heard.feed(context.suspend ? 2 : Infinity);  // Firefox can't halt on the way: all notes at once
   for (let second = 1; context.suspend && second < piece.end - 1; second++) {
     context.suspend(second).then(() => {
       heard.feed(second + 2);
-      progress(second / piece.end);
       context.resume();
     });
   }
@@ -1151,11 +1108,10 @@ function addPiece(piece) {
   Object.assign(mid, {download: `${piece.name}.mid`, href: `data:audio/midi;base64,${piece.midi}`});
   wav.onclick = async () => {
     wav.disabled = true;
-    const file = await renderWav(piece, share => wav.textContent = `${Math.round(100 * share)} %`);
-    const link = document.createElement("a"), href = URL.createObjectURL(file);
+    const link = document.createElement("a"), href = URL.createObjectURL(await renderWav(piece));
     Object.assign(link, {download: `${piece.name}.wav`, href}).click();
     setTimeout(() => URL.revokeObjectURL(href), 60_000);
-    Object.assign(wav, {textContent: ".wav", disabled: false});
+    wav.disabled = false;
   };
   find("main").append(section);
   return Object.assign(piece, {section, strip});
