@@ -177,12 +177,11 @@ def load_tokenizer(path):
         tokenizer = Tokenization(params=path)
         same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
-        reason = error or type(error).__name__
-        raise Refused(f"{path}: not a usable tokenizer ({reason})") from error
+        raise Refused(f"{path}: not a usable tokenizer: {error!r}") from error
     special = tokenizer.special_tokens  # miditok's default, which an empty file gives, has MASK
     ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
     if not ours or not same_vocabulary:
-        raise Refused(f"{path}: not a usable tokenizer (written by another program)")
+        raise Refused(f"{path}: not a usable tokenizer: written by another program")
     return tokenizer
 
 
@@ -356,10 +355,8 @@ def read_chunk(data, at, size, events, ends):
         elif status in (0xF0, 0xF7):  # SysEx, its later parts, escaped bytes
             length, at = read_number(data, at)
             at += length
-        elif status:
-            at += {0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)  # means nothing in a file
         else:
-            raise Refused("not a whole MIDI file: data without a status")
+            raise Refused(f"not a whole MIDI file: {status:#x} is no event")
     ends.append(tick)
     if data[at : at + 4] == b"MTrk" or at >= len(data):
         return at
@@ -496,12 +493,12 @@ def piano(score, apply_pedal):
             moves = time[order][np.diff(value[order] >= 64, prepend=False)]  # down, up, down ...
             if len(moves) % 2:  # never lifted, so up at the end
                 moves = np.append(moves, max(moves[-1], end.max()))
-            down, up = pedal = moves.reshape(-1, 2).T
+            down, up = moves.reshape(-1, 2).T
             if apply_pedal:
                 before = np.searchsorted(down, end, "right")  # how often the pedal had gone down
                 end = np.maximum(end, np.append(0, up)[before])
             notes.append([note["time"], end, note["pitch"], note["velocity"]])
-            pedals.append(pedal)
+            pedals.append([down, up])
     start, end, pitch, velocity = np.concatenate(notes, axis=1)
     order = np.lexsort((velocity, end, start, pitch))
     notes = np.stack([start, end, pitch, velocity])[:, order]
@@ -615,20 +612,19 @@ def published_split(table, files):
 
 def fetch(source, work):
     """Archive, data set or address -> folder with its files, all checked."""
-    address = DATASETS.get(source, source)
-    if not os.path.isfile(source) and "://" not in address:
+    address, archive = DATASETS.get(source, source), Path(source)
+    if not archive.is_file() and "://" not in address:
         raise Refused(f"{source}: no file, folder or data set ({', '.join(DATASETS)})")
+    failed = "neither MIDI nor a whole .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz"
     try:
         work.mkdir()
-        archive = Path(source) if os.path.isfile(source) else download(address, work)
+        if not archive.is_file():
+            failed = "no whole archive came from there; run again"
+            archive = download(address, work)
         return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if "://" in address:
-            reason = f"no whole archive came from there ({reason}); run again"
-        else:
-            reason = f"neither MIDI nor a whole .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz ({reason})"
-        raise Refused(f"{source}: {reason}") from error
+        raise Refused(f"{source}: {failed} ({reason})") from error
 
 
 def download(address, folder):
@@ -986,10 +982,10 @@ def main(args):
     finally:
         if not (out / ".old").exists():  # else the next run undoes an exchange
             shutil.rmtree(work, ignore_errors=True)
-        lock.release()
         with suppress(OSError):  # the folder goes if it is empty
             (out / ".lock").unlink()
             out.rmdir()
+        lock.release()
 
 
 # ---------------------------------------------------------------------- études: a corpus of our own
