@@ -356,7 +356,7 @@ def read_chunk(data, at, size, events, ends):
             length, at = read_number(data, at)
             at += length
         else:
-            raise Refused(f"not a whole MIDI file: {status:#x} is no event")
+            raise Refused(f"not a whole MIDI file: {status:#x} begins no event")
     ends.append(tick)
     if data[at : at + 4] == b"MTrk" or at >= len(data):
         return at
@@ -855,17 +855,18 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
     counts.update(notes=sum(take.notes for take in takes))
     counts.update(seconds=round(sum(take.seconds for take in takes)))
-    blocks = [takes[first : first + 100] for first in range(0, len(takes), 100)]
-    with open(path, "wb") as file:
-        for block in tqdm(blocks, f"writing {path.name}", unit=" hundred files"):
+    bar = tqdm(total=len(takes), desc=f"writing {path.name}", unit=" files")
+    with open(path, "wb") as file, bar:
+        for first in range(0, len(takes), 100):
+            block = takes[first : first + 100]
             for table in tables:
-                shifted = [(take, table[base[take.span]]) for take in block]
-                shifted = [(take, ids) for take, ids in shifted if ids.min() >= 0]
-                all_ids = add_bpe([ids for _, ids in shifted], tokenizer)
-                for (take, _), ids in zip(shifted, all_ids):
+                shifted = [table[base[take.span]] for take in block]
+                shifted = [ids for ids in shifted if ids.min() >= 0]
+                for ids in add_bpe(shifted, tokenizer):
                     ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
                     np.array(ids, dtype).tofile(file)
                     counts.update(sequences=1, tokens=len(ids))
+            bar.update(len(block))
     print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return counts
 
