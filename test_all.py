@@ -171,9 +171,7 @@ except ZeroDivisionError: print(traceback.format_exc())
 GUARDED = {
     "library": (["-c", "import inspect, tokenize; tokenize.open; print(tokenize.__file__)"], os.__file__[:-5]),
     "train": (["train.py", "--help"], "--data"),
-    "tokenize": (["tokenize.py", "--help"], "--beat_res"),
     "pytest": (["-m", "pytest", "--version"], "pytest"),
-    "pip": (["-m", "pip", "--version"], "pip"),
     "traceback": (["script.py", TRACEBACK], "1 / 0  # the line that failed"),
     "spawn": (["script.py", SPAWN], "[2, 4, 6]"),
 }
@@ -268,9 +266,7 @@ BY_HAND = {  # what it is: (the file, its notes as worked out by hand)
                             PLAIN),
     "a key that is never let go": (timed([(0, b"\x90\x3c\x50")] + note(960, 200, 64) + UP), HELD[:1] + PLAIN[1:]),
     "velocity 0 lets go": (timed([(0, b"\x90\x3c\x50"), (200, b"\x90\x3c\0")] + note(960, 200, 64)), PLAIN),
-    "overlapping": (timed(note(0, 500) + note(300, 1600)), [(0, 60, 0.312), (0.312, 60, 1.667)]),
     "drums are not heard": (timed(ONE + note(0, 99, 40, 9)), PLAIN),
-    "format 0": (timed(ONE + DOWN + UP + tempo(0, 500_000), form=0), HELD),
     "running status after SysEx": (midi_bytes(
         [(0, b"\x90\x3c\x50"), (200, b"\x3c\0"), (0, b"\xf0\x02a\xf7"), (760, b"\x40\x50"), (0, b"\xff\x01\x01a"),
          (200, b"\x40\0")]), PLAIN),
@@ -389,8 +385,6 @@ def test_another_reader_hears_the_same(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- one file
 
-DEFAULTS = dict(beat_res=24, num_velocities=16, tempos=False, chords=False, sustain_pedals=False, time_signatures=False)
-
 
 @pytest.mark.parametrize("settings", [{}, {"beat_res": 8}, {"num_velocities": 40}], ids=str)
 def test_fast_ids_are_miditoks(settings, etude_data, tmp_path):
@@ -469,30 +463,28 @@ def musical_score():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_survives_the_round_trip(name):
-    """Notes -> ids -> notes on the option's own grid, and its tokens are there exactly when it is on."""
+    """Notes -> ids -> notes on the option's own grid, and its tokens are there if it is on."""
     T, tokenizer = midi_tokenize, midi_tokenize.build_tokenizer(**OPTIONS[name])
     prepared = T.prepare(musical_score(), tokenizer)
     ids = T.encode(prepared, tokenizer)
-    kinds = {tokenizer[index].split("_")[0] for index in ids}
+    found = {kind: [] for kind in ("Tempo", "Chord", "Pedal", "TimeSig")}
+    for index in ids:
+        kind, value = tokenizer[index].split("_")
+        found.setdefault(kind, []).append(value)
     wanted = {"tempos": "Tempo", "chords": "Chord", "sustain_pedals": "Pedal", "time_signatures": "TimeSig"}
     for option, kind in wanted.items():
-        assert (kind in kinds) == OPTIONS[name].get(option, False)
+        assert bool(found[kind]) == OPTIONS[name].get(option, False)
     decoded = tokenizer.decode([ids])
     before, after = (score.resample(tokenizer.time_division, min_dur=1) for score in (prepared, decoded))
     assert [note[:2] for note in notes_of(before)] == [note[:2] for note in notes_of(after)]
     gap = 127 / tokenizer.config.num_velocities
     for (*_, length, loud), (*_, length2, loud2) in zip(notes_of(before), notes_of(after)):
         assert abs(loud - loud2) <= gap and abs(length - length2) <= tokenizer.time_division / 4
-    if name == "chords":
-        assert sum(token.startswith("Chord") for token in tokenizer.vocab) == 60
-        qualities = {tokenizer[i].split(":")[1] for i in ids if "Chord" in tokenizer[i]}
-        assert qualities == {"maj", "min", "dim", "aug", "7dom"}
-    if name == "metre":
-        assert [tokenizer[i] for i in ids if "TimeSig" in tokenizer[i]][0] == "TimeSig_3/4"
-        assert {"TimeSig_6/8", "TimeSig_4/4"} <= {tokenizer[i] for i in ids}
-    if name == "tempos":
-        tempos = [float(tokenizer[i].split("_")[1]) for i in ids if "Tempo" in tokenizer[i]]
-        assert np.allclose(sorted({*tempos} - {tempos[0]} or {*tempos}), [140], rtol=0.03) or len(tempos) == 2
+    if found["Chord"]:
+        assert {chord.split(":")[1] for chord in found["Chord"]} == {"maj", "min", "dim", "aug", "7dom"}
+    if found["TimeSig"]:
+        assert list(dict.fromkeys(found["TimeSig"])) == ["3/4", "6/8", "4/4"]
+    if found["Tempo"]:
         assert abs(decoded.to("second").end() - musical_score().to("second").end()) < 1
     if name == "pedals":
         pedals = [[(pedal.time, pedal.end) for pedal in score.tracks[0].pedals] for score in (prepared, decoded)]
@@ -513,41 +505,39 @@ def test_a_first_metre_after_the_start_counts_from_there(tmp_path):
 
 
 def test_the_silence_before_a_performance_is_cut_and_a_score_keeps_its_bars():
-    """A performance after 200 empty bars has the ids of the piece alone; a score begins with the bars that it rests."""
+    """A performance after 200 empty bars has the ids of the piece alone; a score rests as long as it says."""
     T, late = midi_tokenize, 200 * 3 * 480
-    notes = [(480 * beat + 60, 400, 60 + beat, 64) for beat in range(24)]
-    alone = make_score(notes, [(0, 90)], metre=[(0, 3, 4)])
-    shifted = lambda by, *tempos: make_score([(by + time_, *rest) for time_, *rest in notes], tempos, metre=[(0, 3, 4)])
-    after, tokenizer = shifted(late, (0, 50), (late - 960, 90)), T.build_tokenizer()
-    alone_ids, after_ids = (T.encode(T.prepare(score, tokenizer), tokenizer) for score in (alone, after))
-    assert alone_ids == after_ids and notes_of(T.prepare(after, tokenizer))[0][0] == 0
-    for options in (dict(tempos=True), dict(time_signatures=True)):
-        tokenizer = T.build_tokenizer(**options)
-        bars = [0, 0]
-        for number, by in enumerate((0, 6 * 480)):  # two bars of 3/4
-            ids = T.encode(T.prepare(shifted(by, (0, 90)), tokenizer), tokenizer)
-            first_note = [tokenizer[token].split("_")[0] for token in ids].index("Pitch")
-            bars[number] = ids[:first_note].count(tokenizer["Bar_None"])
-        assert bars == ([1, 3] if "time_signatures" in options else [1, 2])  # else in bars of 4/4
+
+    def after(ticks, *tempos):
+        notes = [(ticks + 480 * beat + 60, 400, 60 + beat, 64) for beat in range(24)]
+        return make_score(notes, tempos or [(0, 90)], metre=[(0, 3, 4)])
+
+    tokenizer, far = T.build_tokenizer(), after(late, (0, 50), (late - 960, 90))
+    alone_ids, far_ids = (T.encode(T.prepare(score, tokenizer), tokenizer) for score in (after(0), far))
+    assert alone_ids == far_ids
+    for option, bars in (("tempos", [1, 2]), ("time_signatures", [1, 3])):  # bars of 4/4 and of 3/4
+        tokenizer = T.build_tokenizer(**{option: True})
+        for rest, count in zip((0, 6 * 480), bars):
+            ids = T.encode(T.prepare(after(rest), tokenizer), tokenizer)
+            kinds = [tokenizer[token].split("_")[0] for token in ids]
+            assert kinds[: kinds.index("Pitch")].count("Bar") == count
         with pytest.raises(ValueError, match="mostly silent"):
-            T.prepare(after, tokenizer)
+            T.prepare(far, tokenizer)
 
 
-def test_transposing_ids_is_transposing_the_score():
-    T = midi_tokenize
-    for settings in ({}, {"chords": True}):
-        tokenizer = T.build_tokenizer(**settings)
-        for seed in range(4):
-            score = T.prepare([musical_score(), T.compose(seed)][seed % 2], tokenizer)
-            ids = T.base_ids(score, tokenizer)
-            pitches = [note.pitch for note in score.tracks[0].notes]
-            for semitones in (-60, -7, -1, 0, 2, 6, 60):
-                shifted = T.transposition(tokenizer, semitones)[ids]
-                fits = 21 <= min(pitches) + semitones and max(pitches) + semitones <= 108
-                assert (shifted.min() >= 0) == fits
-                if fits:
-                    assert shifted.tolist() == T.base_ids(score.shift_pitch(semitones), tokenizer).tolist()
-                    assert semitones == 0 or shifted.tolist() != ids.tolist()
+@pytest.mark.parametrize("settings", [{}, {"chords": True}], ids=str)
+def test_transposing_ids_is_transposing_the_score(settings):
+    T, tokenizer = midi_tokenize, midi_tokenize.build_tokenizer(**settings)
+    for score in (musical_score(), T.compose(1)):
+        score = T.prepare(score, tokenizer)
+        ids = T.base_ids(score, tokenizer)
+        for semitones in (-60, -7, 0, 2, 60):
+            shifted = T.transposition(tokenizer, semitones)[ids]
+            pitches = [note.pitch + semitones for note in score.tracks[0].notes]
+            if min(pitches) < 21 or max(pitches) > 108:
+                assert shifted.min() == -1
+            else:
+                assert shifted.tolist() == T.base_ids(score.shift_pitch(semitones), tokenizer).tolist()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "not json", '{"config": {}}', '{"tokenization": "REMI"}', None])
@@ -566,7 +556,7 @@ def test_foreign_tokenizer_is_refused(text, etude_data, tmp_path):
     assert len(midi_tokenize.load_tokenizer(etude_data / "tokenizer.json")) == 500
 
 
-@pytest.mark.parametrize("bpm", [20, 45, 150, 320])
+@pytest.mark.parametrize("bpm", [20, 320])
 def test_tempos_slow_and_fast_are_kept(bpm):
     tokenizer = midi_tokenize.build_tokenizer(tempos=True)
     score = make_score([(480 * beat, 480, 60, 80) for beat in range(16)], [(0, bpm)])
@@ -596,17 +586,12 @@ HOSTILE = {  # name -> (bytes, part of the reason for skipping it; None where it
     "division 1": (midi_bytes([(0, ON), (1, OFF)], division=1), None),
     "division 32767": (midi_bytes(GOOD, division=32767), None),
     "smpte": (midi_bytes(GOOD, division=0xE728), "no usable clock"),
-    "format 0": (midi_bytes(GOOD, form=0), None),
     "format 2": (midi_bytes(GOOD, GOOD, form=2), "format 2"),
     "format 9": (midi_bytes(GOOD, form=9), "not a whole"),
     "3000 tracks": (midi_bytes(*[GOOD] * 3000), None),
     "claims 65535 tracks": (midi_bytes(GOOD, count=65535), None),
-    "dangling": (midi_bytes([*GOOD, (0, b"\x90\x30\x50")]), None),
     "only dangling": (midi_bytes([(0, ON), (480, ON2)]), None),
-    "overlapping": (midi_bytes([(0, ON), (100, ON), (100, OFF), (100, OFF)]), None),
     "all at once": (midi_bytes([(0, ON), (0, OFF)] * 1000), None),
-    "rmid": (b"RIFF\x5a\0\0\0RMIDdata\x46\0\0\0" + midi_bytes([*GOOD, (9, ON), (9, OFF)]), None),
-    "sysex": (midi_bytes([(0, b"\xf0\x05abcd\xf7"), *GOOD, (7, ON), (7, OFF)]), None),
     "sysex past the end": (midi_bytes([(0, b"\xf0" + vlq(10**7) + b"abc")]), "not a whole"),
     "bad text": (midi_bytes([(0, b"\xff\x03\x04\xff\xfe\0a"), *GOOD]), None),
     "large": (midi_bytes(GOOD) + bytes(6_000_000), "too large: over"),
@@ -732,10 +717,10 @@ def test_a_stopped_run_leaves_the_previous_data_whole(sign, etude_data, tmp_path
         run.send_signal(sign)
     said = run.communicate(timeout=20)
     assert run.returncode != 0 and b"Traceback" not in said[0] + said[1], said
-    assert {path.name: path.read_bytes() for path in data.iterdir() if path.is_file()} == before
+    assert {name: (data / name).read_bytes() for name in before} == before
     if sign == signal.SIGKILL:
         run_tokenize("--etudes", 2, "--out", data)  # tidies up after it
-    assert not list(data.glob(".unfinished*"))
+    assert {path.name for path in data.iterdir()} == set(before)
 
 
 # ---------------------------------------------------------------------------------------------- finding the files
@@ -786,20 +771,17 @@ def test_midi_is_found_by_what_it_is_and_nothing_is_passed_over(tmp_path):
             assert midi_tokenize.read_midi(found[0].path).note_num() == midi_tokenize.compose(0).note_num()
 
 
-def test_folders_archives_and_files_give_the_same_data(etude_folder, tmp_path):
-    """A folder, its .zip, its .tar.gz and its files one by one hold the same takes of the same pieces."""
-    zipped, tarred, found = tmp_path / "pieces.zip", tmp_path / "pieces.tar.gz", []
+def test_folders_and_archives_give_the_same_data(etude_folder, tmp_path):
+    zipped, tarred, work = tmp_path / "pieces.zip", tmp_path / "pieces.tar.gz", tmp_path / "work"
     with zipfile.ZipFile(zipped, "w") as archive:
         for path in sorted(etude_folder.rglob("*.mid")):
             archive.write(path, path.relative_to(etude_folder).with_suffix(".MiDi"))
     with tarfile.open(tarred, "w:gz") as archive:
         archive.add(etude_folder, ".")
-    for number, source in enumerate((etude_folder, zipped, tarred)):
-        work = tmp_path / str(number)
-        work.mkdir()
-        takes = midi_tokenize.find_files([str(source)], work, [])
-        found.append(sorted((os.path.normpath(Path(take.name).parent), Path(take.path).read_bytes()) for take in takes))
-    assert found[0] == found[1] == found[2] and len(found[0]) == 12 and len({folder for folder, _ in found[0]}) == 3
+    work.mkdir()
+    takes = midi_tokenize.find_files([etude_folder, zipped, tarred], work, [])
+    found = Counter((os.path.dirname(take.name), Path(take.path).read_bytes()) for take in takes)
+    assert len(found) == 12 and set(found.values()) == {3}
     run_tokenize(etude_folder, zipped, tarred, "--out", tmp_path / "data", "--vocab_size", 0)
     meta = read_meta(tmp_path / "data")
     assert meta["train"]["files"] + meta["val"]["files"] == 12 and meta["skipped"] == {"duplicate": 24}
@@ -808,63 +790,47 @@ def test_folders_archives_and_files_give_the_same_data(etude_folder, tmp_path):
 
 def test_an_archive_stays_in_its_folder(etude_folder, tmp_path):
     """Names that lead out of it are put inside or refused, and so are links and devices."""
-    takes = [path.read_bytes() for path in sorted(etude_folder.rglob("*.mid"))]
+    music = midi_tokenize.compose(0).dumps_midi()
     names = ["../../escaped.mid", "/tmp/escaped.mid", "a/../../../escaped.mid", "C:\\escaped.mid"]
-    data = tmp_path / "deep" / "er" / "data"
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
-        for name, content in zip(names, takes):
-            archive.writestr(name, content)
-    run_tokenize(tmp_path / "evil.zip", "--out", data, "--vocab_size", 0)
-    assert sum(read_meta(data)[side]["files"] for side in ("train", "val")) == len(names)
-    members = [(name, tarfile.REGTYPE, "") for name in names]
-    members += [("link.mid", kind, "/etc/passwd") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE)]
-    members += [("device.mid", kind, "") for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE)]
-    for number, (name, kind, target) in enumerate(members):
-        with tarfile.open(tmp_path / f"{number}.tar.gz", "w:gz") as archive:
+    members = [(name, tarfile.REGTYPE) for name in names]
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        members.append(("special.mid", kind))
+    for number, (name, kind) in enumerate(members):
+        sources = [tmp_path / f"{number}.tar.gz"]
+        with tarfile.open(sources[0], "w:gz") as archive:
             info = tarfile.TarInfo(name)
-            info.type, info.linkname, info.size = kind, target, len(takes[0]) * (kind == tarfile.REGTYPE)
-            archive.addfile(info, io.BytesIO(takes[0]))
-        work = tmp_path / f"work{number}"
-        work.mkdir()
-        try:
-            (take,) = midi_tokenize.find_files([str(tmp_path / f"{number}.tar.gz")], work, [])
-            assert name in ("/tmp/escaped.mid", "C:\\escaped.mid") and work in Path(take.path).resolve().parents
-        except ValueError as error:
-            assert "nor a whole" in str(error) and name not in ("/tmp/escaped.mid", "C:\\escaped.mid")
-            assert not [path for path in work.rglob("*") if path.is_file() or path.is_symlink()]
-        shutil.rmtree(work)
+            info.type, info.linkname = kind, "/etc/passwd"
+            info.size = len(music) if kind == tarfile.REGTYPE else 0
+            archive.addfile(info, io.BytesIO(music))
+        if kind == tarfile.REGTYPE:
+            sources.append(tmp_path / f"{number}.zip")
+            with zipfile.ZipFile(sources[1], "w") as archive:
+                archive.writestr(name, music)
+        for source in sources:
+            work = tmp_path / "deep" / "er" / source.name
+            work.mkdir(parents=True)
+            try:
+                (take,) = midi_tokenize.find_files([str(source)], work, [])
+                assert work in Path(take.path).resolve().parents
+            except midi_tokenize.Refused as error:
+                assert "nor a whole" in str(error) and source.suffix == ".gz"
+                assert not [path for path in work.rglob("*") if path.is_file() or path.is_symlink()]
+            shutil.rmtree(work)
     assert not list(tmp_path.rglob("*escaped*")) and not os.path.exists("/tmp/escaped.mid")
 
 
-def test_archive_bombs_are_refused(tmp_path):
-    zeros = bytes(1 << 20)
-    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(300):
-            archive.writestr(f"{number}.mid", zeros)
-    with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=9) as file:
-        info = tarfile.TarInfo("bomb.mid")
-        info.size = 10 << 30
-        file.write(info.tobuf())
-        for _ in range(300):
-            file.write(zeros)
-    for name in ("bomb.zip", "bomb.tar.gz"):
-        text = run_tokenize(tmp_path / name, "--out", tmp_path / "data", code=2)
-        assert "a bomb?" in text.splitlines()[-1]
-    assert not list(tmp_path.rglob("*.bin"))
-
-
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
-def test_an_archive_with_a_flipped_byte_is_refused(kind, etude_folder, tmp_path):
+def test_an_archive_that_is_cut_or_has_a_flipped_byte_is_refused(kind, etude_folder, tmp_path):
     shutil.make_archive(tmp_path / "set", {"zip": "zip", "tar.gz": "gztar"}[kind], etude_folder)
     whole = (tmp_path / f"set.{kind}").read_bytes()
     midi_tokenize.unpack(tmp_path / f"set.{kind}", tmp_path / "whole")
     assert len(list((tmp_path / "whole").rglob("*.mid"))) == 12
-    for number in range(1, 5):
-        at = len(whole) * number // 6  # in a zip, before its table of contents
-        (tmp_path / f"bad.{kind}").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        (tmp_path / str(number)).mkdir()
+    places = [len(whole) * number // 6 for number in range(1, 5)]  # before a zip's table of contents
+    damaged = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places]
+    for number, content in enumerate([*damaged, whole[:-9], whole[: places[1]]]):
+        (tmp_path / f"bad.{kind}").write_bytes(content)
         with pytest.raises(ValueError, match="nor a whole"):
-            midi_tokenize.find_files([str(tmp_path / f"bad.{kind}")], tmp_path / str(number), [])
+            midi_tokenize.find_files([tmp_path / f"bad.{kind}"], tmp_path / str(number), [])
 
 
 class Faulty(http.server.BaseHTTPRequestHandler):
@@ -906,25 +872,16 @@ def archive_server(etude_folder):
 
 def test_download_survives_a_cut_and_a_flipped_bit(archive_server, tmp_path):
     address = f"http://127.0.0.1:{archive_server.server_port}/set.zip"
-    data = tmp_path / "data"
-    arguments = [address, "--out", data, "--vocab_size", 0]
+    address += "#sha256=" + hashlib.sha256(archive_server.body).hexdigest()
+    arguments = [address, "--out", tmp_path / "data", "--vocab_size", 0]
     archive_server.faults[:] = ["cut", 404, "corrupt", None]
-    for expected in ("cut off after", "404", "no whole archive"):
+    for expected in ("SHA-256", "404", "SHA-256"):
         assert expected in run_tokenize(*arguments, code=2, cwd=tmp_path).splitlines()[-1]
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     run_tokenize(*arguments, cwd=tmp_path)
-    assert read_meta(data)["train"]["files"] + read_meta(data)["val"]["files"] == 12
-    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {data}
-
-
-def test_download_checks_its_sum(archive_server, tmp_path):
-    good = hashlib.sha256(archive_server.body).hexdigest()
-    address = f"http://127.0.0.1:{archive_server.server_port}/set.zip"
-    assert midi_tokenize.download(f"{address}#sha256={good}", tmp_path).read_bytes() == archive_server.body
-    archive_server.faults[:] = ["corrupt"]
-    (tmp_path / "work").mkdir()
-    with pytest.raises(ValueError, match="SHA-256"):
-        midi_tokenize.find_files([f"{address}#sha256={good}"], tmp_path / "work", [])
+    meta = read_meta(tmp_path / "data")
+    assert meta["train"]["files"] + meta["val"]["files"] == 12
+    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path / "data"}
 
 
 # ---------------------------------------------------------------------------------------------- pieces and sides
@@ -1169,37 +1126,30 @@ def test_bpe_is_learned_from_training_pieces_only(etude_data, etude_folder, tmp_
     assert tokenizer._model.to_str() == trained._model.to_str()
 
 
-def test_same_data_for_any_number_of_workers(etude_folder, tmp_path):
-    outputs = []
-    for workers in (1, 3):
-        data = tmp_path / str(workers)
-        run_tokenize(etude_folder, "--out", data, "--workers", workers, "--vocab_size", 400)
-        names = "train.bin", "val.bin", "tokenizer.json", "skipped.csv"
-        outputs.append([(data / name).read_bytes() for name in names])
-    assert outputs[0] == outputs[1]
-
-
-def test_transposed_copies_join_training_only(etude_folder, tmp_path):
-    for shift in (0, 2):
-        run_tokenize(etude_folder, "--out", tmp_path / str(shift), "--transpose", shift, "--vocab_size", 400)
-    assert (tmp_path / "0" / "val.bin").read_bytes() == (tmp_path / "2" / "val.bin").read_bytes()
-    plain, shifted = (read_meta(tmp_path / name)["train"] for name in "02")
+def test_workers_change_nothing_and_transposed_copies_join_training_only(etude_folder, tmp_path):
+    one, three, more = (tmp_path / name for name in ("one", "three", "more"))
+    for data, flags in ((one, ["--workers", 1]), (three, ["--workers", 3]), (more, ["--transpose", 2])):
+        run_tokenize(etude_folder, "--out", data, "--vocab_size", 400, *flags)
+    for name in ("train.bin", "val.bin", "tokenizer.json", "skipped.csv"):
+        assert (one / name).read_bytes() == (three / name).read_bytes()
+    assert (one / "val.bin").read_bytes() == (more / "val.bin").read_bytes()
+    plain, shifted = (read_meta(data)["train"] for data in (one, more))
     assert shifted["sequences"] == 5 * plain["sequences"] and shifted["files"] == plain["files"]
-    few, many = ({tuple(ids) for ids in sequences_of(tmp_path / name, "train")} for name in "02")
+    few, many = ({tuple(ids) for ids in sequences_of(data, "train")} for data in (one, more))
     assert few < many and len(many) == shifted["sequences"]
 
 
 MISTAKES = {
     "no midi": (["empty"], "no MIDI files"),
     "missing source": (["nowhere"], "nowhere: no file, folder or data set"),
-    "table without a column": (["no split"], "maestro-v3.csv: not MAESTRO's table"),
     "table with an unknown split": (["odd split"], "maestro-v3.csv: not MAESTRO's table"),
     "not an archive": (["notes.txt"], "neither MIDI nor a whole .zip"),
     "small vocabulary": (["--vocab_size", "100"], "--vocab_size 100"),
-    "beat_res": (["--beat_res", "5"], "--beat_res"),
     "val_fraction": (["--val_fraction", "1.5"], "--val_fraction: 1.5: must be from"),
     "etudes and a source": (["one", "--etudes", "5"], "leave out one of them"),
     "two files of one name": (["twice.zip"], "two of its files have one name"),
+    "a bomb": (["bomb.zip"], "a bomb?"),
+    "another bomb": (["bomb.tar.gz"], "a bomb?"),
     "out is a file": (["--etudes", "2", "--out", "notes.txt"], "notes.txt"),
     "out is a run": (["--etudes", "2", "--out", "run"], "--out run: holds a trained model"),
     "short flag": (["--etude", "2"], "unknown flag --etude; did you mean --etudes?"),
@@ -1209,27 +1159,38 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_get_one_clear_line(name, tmp_path):
-    arguments, expected = MISTAKES[name]
-    for folder in ("empty", "one"):
-        (tmp_path / folder).mkdir()
-    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """A folder with all that MISTAKES name."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    for name in ("empty", "one", "run", "odd split"):
+        (folder / name).mkdir()
+    midi_tokenize.compose(0).dump_midi(folder / "one" / "a.mid")
+    (folder / "notes.txt").write_text("not music")
+    (folder / "run" / "best.ckpt").touch()
+    (folder / "odd split" / "maestro-v3.csv").write_text("midi_filename,split\na.mid,odd\n")
+    with zipfile.ZipFile(folder / "twice.zip", "w") as archive:
         for name in ("a.mid", "../a.mid"):
             archive.writestr(name, b"MThd")
-    midi_tokenize.compose(0).dump_midi(tmp_path / "one" / "a.mid")
-    (tmp_path / "notes.txt").write_text("not music")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "best.ckpt").touch()
-    for folder, split in (("no split", ""), ("odd split", ",split")):
-        (tmp_path / folder).mkdir()
-        table = f"canonical_composer,canonical_title,midi_filename{split}\nBach,Air,a.mid{split}\n"
-        (tmp_path / folder / "maestro-v3.csv").write_text(table)
-    before = sorted(tmp_path.rglob("*"))
-    text = run_tokenize(*arguments, code=2, cwd=tmp_path)
-    assert expected in text.splitlines()[-1] and text.splitlines()[-1].startswith("tokenize.py: error: "), text
+    zeros = bytes(300 << 20)
+    with zipfile.ZipFile(folder / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.mid", zeros)
+    with tarfile.open(folder / "bomb.tar.gz", "w:gz", compresslevel=6) as archive:
+        info = tarfile.TarInfo("a.mid")
+        info.size = len(zeros)
+        archive.addfile(info, io.BytesIO(zeros))
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_clear_line(name, mistaken):
+    arguments, expected = MISTAKES[name]
+    before = sorted(mistaken.rglob("*"))
+    text = run_tokenize(*arguments, code=2, cwd=mistaken)
+    last = text.splitlines()[-1]
+    assert expected in last and last.startswith("tokenize.py: error: "), text
     assert "usage" not in text and text.count("error: ") == 1, text
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(mistaken.rglob("*")) == before
 
 
 # ---------------------------------------------------------------------------------------------- études
@@ -1252,10 +1213,10 @@ def test_etudes_are_seeded_varied_and_end_on_the_tonic():
 
 
 def bench_tokenize(count=60):
+    """Notes per CPU second: base_ids and BPE against the miditok tokenizer, one thread on both sides."""
     count = int(count)
-    """Notes per CPU second: base_ids and BPE against the miditok tokenizer, same scores, one thread on both sides."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    T, scores, clock = midi_tokenize, [], time.process_time
+    T, clock = midi_tokenize, time.process_time
     tokenizer, trained = T.build_tokenizer(), T.build_tokenizer()
     if ASAP.exists():
         with tempfile.TemporaryDirectory() as work:

@@ -1,6 +1,6 @@
 """MIDI in, memmaps out: piano music becomes two flat files of token ids, ready for train.py.
 
-    python tokenize.py                                compose études to learn from: no data, no network
+    python tokenize.py                                compose études: no data, no network needed
     python tokenize.py ~/midi more.zip take.mid       any mix of folders, archives and files
     python tokenize.py maestro --transpose 3          a data set (maestro, aria-midi) or an address
     python tokenize.py ~/mine --tokenizer run/tokenizer.json  with a run's tokens, to fine-tune it
@@ -34,15 +34,12 @@ else:
 
         sys.excepthook = excepthook
     import argparse
-    import bz2
     import csv
     import difflib
-    import errno
     import gzip
     import hashlib
     import io
     import json
-    import lzma
     import math
     import multiprocessing
     import os
@@ -140,7 +137,7 @@ def parse_flags():
     return parser, args
 
 
-# ------------------------------------------------------------------- the tokenizer: all that is REMI
+# ------------------------------------------------------------------ the tokenizer: all that is REMI
 
 # Flags: the arguments of build_tokenizer, and how far BPE goes.
 MUSICAL = "beat_res num_velocities tempos chords sustain_pedals time_signatures vocab_size".split()
@@ -149,7 +146,7 @@ WORD_BEGINS = "Bar"  # BPE joins no tokens across one of this kind; TSD would ha
 
 def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
                     sustain_pedals=False, time_signatures=False):  # fmt: skip
-    """Every musical choice. A note is Pitch Velocity Duration, after Bar and Position if time moves."""
+    """Every musical choice. A note is Pitch Velocity Duration; Bar and Position move time."""
     config = TokenizerConfig(
         pitch_range=(21, 108),  # the 88 keys
         # positions a beat, for notes of 0-1, 1-2, 2-4 and 4-16 beats; attacks have the finest
@@ -180,12 +177,11 @@ def load_tokenizer(path):
         tokenizer = Tokenization(params=path)
         same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
-        reason = error or type(error).__name__
-        raise Refused(f"{path}: not a usable tokenizer ({reason})") from error
+        raise Refused(f"{path}: not a usable tokenizer: {error!r}") from error
     special = tokenizer.special_tokens  # miditok's default, which an empty file gives, has MASK
     ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
     if not ours or not same_vocabulary:
-        raise Refused(f"{path}: not a usable tokenizer (written by another program)")
+        raise Refused(f"{path}: not a usable tokenizer: written by another program")
     return tokenizer
 
 
@@ -200,8 +196,9 @@ def base_ids(score, tokenizer):
     For notes of REMI alone they are made in numpy, 100 times faster than an object for each token.
     """
     config = tokenizer.config
-    more = config.use_tempos, config.use_chords, config.use_sustain_pedals, config.use_time_signatures
-    if any(more) or Tokenization.__name__ != "REMI":
+    more = config.use_tempos or config.use_time_signatures
+    more = more or config.use_chords or config.use_sustain_pedals
+    if more or Tokenization.__name__ != "REMI":
         return np.array(tokenizer.encode(score, encode_ids=False)[0].ids, np.uint16)
     notes, grid = score.tracks[0].notes.numpy(), score.ticks_per_quarter
     time, bar = notes["time"], 4 * grid
@@ -265,7 +262,7 @@ def grammar(tokenizer):
     return np.array([[after in graph[kind] for after in kinds] for kind in kinds])
 
 
-# ---------------------------------------------------------------------- one file: reading what it says
+# ------------------------------------------------------------------- one file: reading what it says
 
 
 def read_midi(path):
@@ -358,10 +355,8 @@ def read_chunk(data, at, size, events, ends):
         elif status in (0xF0, 0xF7):  # SysEx, its later parts, escaped bytes
             length, at = read_number(data, at)
             at += length
-        elif status:
-            at += {0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)  # means nothing in a file
         else:
-            raise Refused("not a whole MIDI file: data without a status")
+            raise Refused(f"not a whole MIDI file: {status:#x} begins no event")
     ends.append(tick)
     if data[at : at + 4] == b"MTrk" or at >= len(data):
         return at
@@ -383,7 +378,8 @@ def read_number(data, at):
 def play(events, ends, ticks_per_beat):
     """Events in order -> Score: which keys go down on each channel, for how long, and the pedal."""
     tempos, metres = {}, {0: TimeSignature(0, 4, 4)}  # by tick, so that the last one counts
-    notes, pedals = defaultdict(list), defaultdict(list)  # of each channel
+    notes = defaultdict(list)  # of each channel
+    pedals = defaultdict(lambda: [(0, 0)])  # of each channel: (tick, value) of its moves
     struck = defaultdict(deque)  # (channel, chunk, pitch): its open notes, the oldest first
     last_release, released = {}, {}  # the last tick, of such a key and of any on a channel
 
@@ -391,10 +387,6 @@ def play(events, ends, ticks_per_beat):
         start, velocity = struck[key].popleft()
         notes[key[0]].append((start, tick - start, key[2], velocity))
         last_release[key] = released[key[0]] = tick
-
-    def move_pedal(moves, tick):
-        """Add to the ticks at which a channel's pedal goes down, up, down, up ..."""
-        moves.append(max([tick, *moves[-1:]]))
 
     for tick, chunk, status, port, first, second in events:
         channel = port + status % 16
@@ -410,10 +402,11 @@ def play(events, ends, ticks_per_beat):
             elif first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
                 metres[tick] = TimeSignature(tick, second[0], 1 << second[1])
         elif first in (64, 120, 121):  # the pedal; all sound off and reset all controllers lift it
-            down, moves = first == 64 and second >= 64, pedals[channel]
-            if down != len(moves) % 2:
+            down, (last, value) = first == 64 and second >= 64, pedals[channel][-1]
+            if down != (value > 0):
                 # A key released at this tick, but before, is not held: so the pedal is a tick late.
-                move_pedal(moves, tick + (down and released.get(channel) == tick))
+                late = down and released.get(channel) == tick
+                pedals[channel].append((max(tick + late, last), 127 * down))
         if 0xB0 <= status < 0xC0 and (first == 120 or first >= 123):  # all notes off
             for key in struck:
                 while key[0] == channel and struck[key]:
@@ -429,22 +422,20 @@ def play(events, ends, ticks_per_beat):
     score.tempos.extend(tempos.values())
     score.time_signatures.extend(metres.values())
     for channel in sorted(notes):
-        if len(pedals[channel]) % 2:  # the end of the file lifts it
-            move_pedal(pedals[channel], max(ends))
         track = Track(is_drum=channel % 16 == 9)
         track.notes = Note.from_numpy(*np.array(sorted(notes[channel]), np.int32).T, "tick")
-        moves = np.array(pedals[channel], np.int32)
-        values = np.where(np.arange(len(moves)) % 2, 0, 127)
-        track.controls = ControlChange.from_numpy(moves, np.full(len(moves), 64), values, "tick")
+        moves = [*pedals[channel], (max(ends) + 1, 0)]  # the end of the file lifts it
+        time, value = np.array(moves, np.int32).T
+        track.controls = ControlChange.from_numpy(time, np.full_like(time, 64), value, "tick")
         score.tracks.append(track)
     return score
 
 
-# ---------------------------------------------------------------------- one file: what becomes of it
+# --------------------------------------------------------------------- one file: what becomes of it
 
 
 def prepare(score, tokenizer):
-    """Score -> one piano track on the tokenizer's grid, at 120 bpm or, with such tokens, its own beats."""
+    """Score -> one piano track on the tokenizer's grid, at 120 bpm or in its own beats."""
     config, grid = tokenizer.config, tokenizer.config.max_num_pos_per_beat
     own_beats = config.use_tempos or config.use_time_signatures
     notes, pedal = piano(score, apply_pedal=not config.use_sustain_pedals)
@@ -486,10 +477,11 @@ def prepare(score, tokenizer):
 
 
 def piano(score, apply_pedal):
-    """All tracks but drums as one piano, in ticks: notes [4, N] (start, end, pitch, velocity), sorted by
-    pitch and start, and pedal [2, M] (down, up), down where that of any track is.
+    """All tracks but drums as one piano, in ticks: notes and pedal.
 
-    A track's pedal, if applied, holds its own notes. A key that is struck again ends its last note.
+    Notes [4, N] are (start, end, pitch, velocity), sorted by pitch and start. The pedal [2, M],
+    (down, up), is down where that of any track is. If applied, a track's pedal holds its own notes.
+    A key that is struck again ends its last note.
     """
     notes, pedals = [np.zeros((4, 0))], [np.zeros((2, 0))]
     for track in score.tracks:
@@ -498,15 +490,15 @@ def piano(score, apply_pedal):
             end = note["time"] + note["duration"]
             time, value = (control[name][control["number"] == 64] for name in ("time", "value"))
             order = np.argsort(time, kind="stable")
-            moves = time[order][np.diff(value[order] >= 64, prepend=False)]  # down, up, down, up ...
+            moves = time[order][np.diff(value[order] >= 64, prepend=False)]  # down, up, down ...
             if len(moves) % 2:  # never lifted, so up at the end
                 moves = np.append(moves, max(moves[-1], end.max()))
-            down, up = pedal = moves.reshape(-1, 2).T
+            down, up = moves.reshape(-1, 2).T
             if apply_pedal:
                 before = np.searchsorted(down, end, "right")  # how often the pedal had gone down
                 end = np.maximum(end, np.append(0, up)[before])
             notes.append([note["time"], end, note["pitch"], note["velocity"]])
-            pedals.append(pedal)
+            pedals.append([down, up])
     start, end, pitch, velocity = np.concatenate(notes, axis=1)
     order = np.lexsort((velocity, end, start, pitch))
     notes = np.stack([start, end, pitch, velocity])[:, order]
@@ -530,7 +522,7 @@ def to_seconds(ticks, score):
     return passed[last] + (ticks - at[last]) * second[last]
 
 
-# ----------------------------------------------------------------------------------------- many files
+# --------------------------------------------------------------------------------------- many files
 
 MIDI_NAMES = ".mid", ".midi", ".kar", ".rmi", ".smf"
 ARCHIVE_NAMES = ".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lzh", ".sit"
@@ -556,11 +548,14 @@ def find_files(sources, work, skipped):
         else:
             root = path if path.is_dir() else fetch(source, work / str(number))
             files = sorted(walk(root, skipped))
-        for table in (file for file in files if file.match("maestro-v*.csv")):
-            published |= published_split(table, files)
+        for file in files:
+            if file.match("maestro-v*.csv"):
+                published |= published_split(file, files)
         for file in files:
             name, kind = os.path.join(root.name, file.relative_to(root)), kind_of(file)
-            if published.get(file) == "test":
+            if file.is_dir():
+                skipped.append((name, "a link to a folder: name it as a source"))
+            elif published.get(file) == "test":
                 skipped.append((name, "test split: kept out of training and validation"))
             elif kind == "midi":
                 takes.append(Take(name, str(file), published.get(file, "")))
@@ -572,17 +567,15 @@ def find_files(sources, work, skipped):
 
 
 def walk(root, skipped):
-    """Yield every file below a folder, but not what macOS adds to archives and to foreign disks."""
+    """Yield files and links below a folder, but not what macOS adds to archives."""
 
     def skip(error):
         skipped.append((error.filename, "unreadable folder"))
 
     for folder, names, files in os.walk(root, onerror=skip):
         names[:] = [name for name in names if name != "__MACOSX"]
-        for path in (os.path.join(folder, name) for name in names):
-            if os.path.islink(path):
-                skipped.append((path, "a link to a folder: name it as a source"))
-        yield from (Path(folder, name) for name in files if not name.startswith("._"))
+        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
+        yield from (Path(folder, name) for name in files + links if not name.startswith("._"))
 
 
 def kind_of(path):
@@ -591,13 +584,13 @@ def kind_of(path):
     with suppress(OSError, EOFError, zlib.error):
         if path.is_file():  # opening a pipe would wait for ever
             with open(path, "rb") as file:
-                head = file.read(132)
+                head = inside = file.read(132)
             if head[:2] == b"\x1f\x8b":
                 with gzip.open(path) as file:
                     inside = file.read(132)
-    for data in (head, inside):  # MIDI as it is, RMID, MacBinary
-        if b"MThd" in (data[:4], data[128:]) or data[:4] + data[8:12] == b"RIFFRMID":
-            return "midi"
+    rmid = inside[:4] + inside[8:12] == b"RIFFRMID"
+    if rmid or b"MThd" in (inside[:4], inside[128:]):  # as it is, or in a MacBinary
+        return "midi"
     if name.removesuffix(".gz").endswith(MIDI_NAMES):
         return "midi"  # or should be
     return "archive" if name.endswith(ARCHIVE_NAMES) or head.startswith(ARCHIVE_BYTES) else ""
@@ -605,14 +598,13 @@ def kind_of(path):
 
 def published_split(table, files):
     """MAESTRO's own table -> {path of a MIDI file: side}."""
-    published, sides = {}, {"train": "train", "validation": "val", "test": "test"}
+    sides = {"train": "train", "validation": "val", "test": "test"}
     try:
-        with open(table, encoding="utf-8-sig", newline="") as rows:
-            for row in csv.DictReader(rows):
-                published[table.parent / row["midi_filename"]] = sides[row["split"]]
+        with open(table, encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        published = {table.parent / row["midi_filename"]: sides[row["split"]] for row in rows}
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        reason = f"it lacks or misuses a column: {error!r}"
-        raise Refused(f"{table}: not MAESTRO's table, {reason}") from error
+        raise Refused(f"{table}: not MAESTRO's table: {error!r}") from error
     if not published.keys() & set(files):
         raise Refused(f"{table}: names none of the MIDI files here; move them or the table")
     return published
@@ -620,20 +612,19 @@ def published_split(table, files):
 
 def fetch(source, work):
     """Archive, data set or address -> folder with its files, all checked."""
-    address = DATASETS.get(source, source)
-    if not os.path.isfile(source) and "://" not in address:
+    address, archive = DATASETS.get(source, source), Path(source)
+    if not archive.is_file() and "://" not in address:
         raise Refused(f"{source}: no file, folder or data set ({', '.join(DATASETS)})")
+    failed = "neither MIDI nor a whole .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz"
     try:
         work.mkdir()
-        archive = Path(source) if os.path.isfile(source) else download(address, work)
+        if not archive.is_file():
+            failed = "no whole archive came from there; run again"
+            archive = download(address, work)
         return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if "://" in address:
-            reason = f"no whole archive came from there ({reason}); run again"
-        else:
-            reason = f"neither MIDI nor a whole .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz ({reason})"
-        raise Refused(f"{source}: {reason}") from error
+        raise Refused(f"{source}: {failed} ({reason})") from error
 
 
 def download(address, folder):
@@ -647,22 +638,14 @@ def download(address, folder):
         total = int(reply.headers.get("Content-Length") or 0)
         with tqdm.wrapattr(reply, "read", total, desc=f"downloading {path.name}") as counted:
             shutil.copyfileobj(counted, file)
-    if path.stat().st_size < total:
-        raise ConnectionError(f"cut off after {path.stat().st_size} of {total} bytes")
     if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ConnectionError("damaged on its way: wrong SHA-256")
     return path
 
 
 def unpack(archive, folder):
-    """Unpack a whole .zip or .tar, .tar.gz ... into a folder, which is returned.
-
-    Both libraries write nothing outside of it.
-    """
+    """Unpack a whole .zip or .tar, .tar.gz ... into a folder, which is returned."""
     print(f"unpacking {archive.name}")
-    folder.mkdir(parents=True)
-    limit = 200_000_000 + 100 * archive.stat().st_size  # or half of the disk, if that is less
-    limit, size = min(limit, shutil.disk_usage(folder).free // 2), 0
     if zipfile.is_zipfile(archive):
         opened = zipfile.ZipFile(archive)
         members = opened.infolist()
@@ -670,20 +653,14 @@ def unpack(archive, folder):
         for member in members:  # some Windows programs write backslashes
             member.filename = member.filename.replace("\\", "/")
     else:
-        compressed = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-        with open(archive, "rb") as file:
-            opener = compressed.get(file.read(2), open)
-        with opener(archive, "rb") as stream:  # read it all, because its checksum comes last
-            while size <= limit and (part := stream.read(1 << 20)):
-                size += len(part)
         opened = tarfile.open(archive)
         opened.extraction_filter = tarfile.data_filter  # refuses what leads out of the folder
-        members = opened.getmembers() if size <= limit else []
-        files = sum(m.isfile() for m in members)
-        for member in members:
-            member.name = member.name.replace("\\", "/")
-    if size > limit:
-        raise Refused(f"a bomb? It would fill over {limit:,} bytes")
+        members = opened.getmembers()
+        size, files = sum(m.size for m in members), sum(m.isfile() for m in members)
+        while opened.fileobj.read(1 << 20):  # to its checksum, which comes last
+            pass
+    if size > 200_000_000 + 100 * archive.stat().st_size:
+        raise Refused(f"a bomb? It would fill {size:,} bytes")
     with opened:
         opened.extractall(folder, members)
     if sum(path.is_file() and not path.is_symlink() for path in folder.rglob("*")) < files:
@@ -703,8 +680,9 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
                 skipped.append((take.name, reason))
                 continue
             ids, take.notes, take.seconds, take.passages = answer
-            for place in np.flatnonzero(~follows[ids[:-1], ids[1:]]):
-                before, after = (names[token] for token in ids[place : place + 2])
+            wrong = np.flatnonzero(~follows[ids[:-1], ids[1:]])
+            if wrong.size:
+                before, after = (names[token] for token in ids[wrong[0] :][:2])
                 reason = f"{after} after {before}, which the tokenizer's grammar forbids"
                 raise Refused(f"{take.name}: its ids have {reason}: a mistake in base_ids")
             first = read.setdefault(hashlib.sha256(ids).digest(), take)
@@ -736,7 +714,7 @@ def read_one(tokenizer, path):
 def in_workers(function, items, workers):
     """Yield (result, None) or (None, reason) for each item, in order.
 
-    A refusal, a crash or a hang costs one item. Any other exception is a mistake here, and ends all.
+    A refusal, a crash or a hang costs one item. Any other exception is a mistake here and ends all.
     """
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPool(min(workers, len(items)), initializer=limit_memory, context=spawn)
@@ -770,7 +748,7 @@ def limit_memory():
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
 
 
-# ----------------------------------------------------------------------------------- pieces and sides
+# --------------------------------------------------------------------------------- pieces and sides
 
 STEPS, TOGETHER = 6, 0.05  # steps of a passage; seconds in which notes count as one attack
 SHARE, ENOUGH = 0.05, 3  # of the shorter file's passages, and how many, that two takes share
@@ -797,19 +775,14 @@ def find_passages(score):
 
 
 def find_pieces(takes):
-    """Set take.piece, a number that all takes of a piece have: those that share passages.
-
-    What hangs together is one piece.
-    """
+    """Set take.piece, one number for all takes that hang together by passages that they share."""
     lengths = np.array([len(take.passages) for take in takes])
     owner = np.repeat(np.arange(len(takes), dtype=np.int32), lengths)
     passages = np.concatenate([take.passages for take in takes])
     _, passages, owners = np.unique(passages, return_inverse=True, return_counts=True)
-    tells = (owners > 1) & (owners <= COMMON)
-    keep = tells[passages]
-    owner, passages = owner[keep], (np.cumsum(tells) - 1)[passages[keep]]
-    shape = len(takes), 1 + passages.max(initial=0)
-    has = csr_matrix((np.ones(len(owner), np.int32), (owner, passages)), shape)
+    tells = ((owners > 1) & (owners <= COMMON))[passages]
+    place = owner[tells], passages[tells]
+    has = csr_matrix((np.ones(tells.sum(), np.int32), place), (len(takes), len(owners)))
     had_by, links = has.T.tocsr(), []
     for first in range(0, len(takes), 1000):  # in blocks, to bound the memory
         shared = (has[first : first + 1000] @ had_by).tocoo()
@@ -822,8 +795,8 @@ def find_pieces(takes):
     count, piece = connected_components(linked, directed=False)
     for take, number in zip(takes, piece.tolist()):
         take.piece = number
-    # Takes of one piece share passages pair by pair. Most files in one loose chain only have figures in
-    # common, as études of one composer do.
+    # Takes of one piece share passages pair by pair. Files in a loose chain only share figures, as
+    # études of one composer do.
     files, pairs = np.bincount(piece), np.bincount(piece[one], minlength=count)
     largest = files.argmax()
     loose = pairs[largest] < files[largest] * (files[largest] - 1) / 4
@@ -842,18 +815,17 @@ def set_apart(takes, first=0):
 def choose_sides(takes, val_fraction, seed):
     """Give every take a side, "train" or "val", by a draw from its piece's smallest passage.
 
-    So names do not count, and other pieces do not either. A take that joins a piece moves it only if it
-    has a smaller passage, and then to the other side in one of six cases at most.
+    So names do not count, nor do other pieces. A take that joins a piece moves it only if it has a
+    smaller passage, and then to the other side in one of six cases at most.
     Where the draws leave a side empty, the nearest piece goes there. A published side stays.
     """
-    tags, known = {}, {}
+    tags, known = {}, {take.piece: take.side for take in takes if take.side}
     for take in takes:
-        tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
-        if take.side:
-            known[take.piece] = take.side
-    draws = {}
-    for piece in tags.keys() - known.keys():
-        digest = hashlib.sha256(f"{seed} {tags[piece]}".encode()).hexdigest()
+        if take.piece not in known:
+            tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
+    draws = {}  # from 0 to 1
+    for piece, tag in tags.items():
+        digest = hashlib.sha256(f"{seed} {tag}".encode()).hexdigest()
         draws[piece] = int(digest, 16) / 2**256
     pieces = sorted(draws, key=draws.get)
     count = sum(draw <= val_fraction for draw in draws.values())
@@ -863,15 +835,14 @@ def choose_sides(takes, val_fraction, seed):
         take.side = take.side or known.get(take.piece, drawn)
 
 
-# -------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def train_bpe(tokenizer, takes, base, vocab_size):
     """Teach the tokenizer to join what often stands together, in evenly spaced files."""
     notes = sum(take.notes for take in takes)
     if vocab_size is None:
-        vocab_size = len(tokenizer) + 100 + notes // 8000  # few enough to learn each well
-        vocab_size = min(10_000, vocab_size)
+        vocab_size = min(10_000, len(tokenizer) + 100 + notes // 8000)  # to learn each well
         print(f"a vocabulary of {vocab_size} tokens fits this corpus (--vocab_size sets another)")
     some = takes[:: math.ceil(notes / BPE_NOTES)]
     texts = [bpe_words(base[take.span], tokenizer) for take in some]
@@ -879,7 +850,7 @@ def train_bpe(tokenizer, takes, base, vocab_size):
 
 
 def write_side(path, takes, base, tokenizer, transpose, dtype):
-    """Write every take, in all transpositions that the keyboard holds, as BOS ... EOS; count them."""
+    """Write every take, in all keys that the keyboard holds, as BOS ... EOS; return the counts."""
     tables = [transposition(tokenizer, semitones) for semitones in range(-transpose, transpose + 1)]
     counts = Counter(pieces=len({take.piece for take in takes}), files=len(takes))
     counts.update(notes=sum(take.notes for take in takes))
@@ -889,10 +860,9 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
         for first in range(0, len(takes), 100):
             block = takes[first : first + 100]
             for table in tables:
-                shifted = [(take, table[base[take.span]]) for take in block]
-                shifted = [(take, ids) for take, ids in shifted if ids.min() >= 0]
-                all_ids = add_bpe([ids for _, ids in shifted], tokenizer)
-                for (take, _), ids in zip(shifted, all_ids):
+                shifted = [table[base[take.span]] for take in block]
+                shifted = [ids for ids in shifted if ids.min() >= 0]
+                for ids in add_bpe(shifted, tokenizer):
                     ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
                     np.array(ids, dtype).tofile(file)
                     counts.update(sequences=1, tokens=len(ids))
@@ -901,7 +871,7 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
     return counts
 
 
-# Of a data folder, meta.json is the first file to go and the last to come: without it, there is none.
+# meta.json is the first file to go and the last to come: without it, there is no data folder.
 FILES = "meta.json", "train.bin", "val.bin", "tokenizer.json", "skipped.csv"
 
 
@@ -911,20 +881,18 @@ def put_in_place(work, out):
     try:
         old.mkdir()
         for name in FILES:
-            if (out / name).exists():
+            if (out / name).is_file():
                 os.replace(out / name, old / name)
         for name in reversed(FILES):
             os.replace(work / name, out / name)
-    except BaseException as error:
+    except OSError as error:
+        raise Refused(f"--out {out}: {error}; what was there before is as it was") from error
+    finally:
         settle(work, out)
-        if isinstance(error, OSError):
-            raise Refused(f"--out {out}: {error}; what was there before is as it was") from error
-        raise
-    settle(work, out)
 
 
 def settle(work, out):
-    """End an exchange, of this run or one that was killed: done if meta.json is there, else undone."""
+    """End an exchange, of this or a killed run: done if meta.json is there, else undone."""
     old = out / ".old"
     if old.exists() and not (out / "meta.json").exists():
         for name in reversed(FILES):
@@ -960,14 +928,14 @@ def make_data(args, work):
     choose_sides(takes, args.val_fraction, args.seed)
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
     if not train or not val:
-        why = "none was skipped"
+        message = "two pieces are needed, one to train on, one to hold out; "
+        message += f"readable files: {len(takes)}"
         if skipped:
             used = (args.out / "meta.json").exists()  # its own skipped.csv stays
             listed = args.out / ("not used.csv" if used else "skipped.csv")
             write_skipped(listed, skipped)
-            why = f"{': '.join(skipped[0])}; all reasons are in {listed}"
-        need = "two pieces are needed, one to train on, one to hold out"
-        raise Refused(f"{need}; readable files: {len(takes)} ({why})")
+            message += f" ({': '.join(skipped[0])}; all reasons are in {listed})"
+        raise Refused(message)
 
     base = np.memmap(work / "base.bin", np.uint16, "r")
     if args.tokenizer:
@@ -988,10 +956,10 @@ def make_data(args, work):
     write_skipped(work / "skipped.csv", skipped)
     put_in_place(work, args.out)
     pieces = len({take.piece for take in takes})
-    print(f"{pieces:,} pieces in {len(takes):,} files: those that share notes are one, in any folder")
+    print(f"{pieces:,} pieces in {len(takes):,} files (files that share notes are one piece)")
     tuned = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
-    seconds = time.monotonic() - began
-    print(f"{args.out}: ready after {seconds:.0f} s; next: python train.py --data {args.out}{tuned}")
+    print(f"{args.out}: ready after {time.monotonic() - began:.0f} s")
+    print(f"next: python train.py --data {args.out}{tuned}")
 
 
 def main(args):
@@ -999,12 +967,9 @@ def main(args):
     out, work = args.out, args.out / ".unfinished"
     if any(out.glob("*.ckpt")):
         raise Refused(f"--out {out}: holds a trained model and its tokenizer; name another folder")
-    for path in (out / name for name in FILES):
-        if path.is_dir():
-            raise Refused(f"--out {out}: {path} is a folder, where a file is to be written")
+    lock = filelock.FileLock(out / ".lock")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(work / ".lock")
+        out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise Refused(f"--out {out}: another run is writing there") from error
@@ -1012,30 +977,30 @@ def main(args):
         raise Refused(f"--out {out}: {error.strerror}") from error
     try:
         settle(work, out)
-        for path in work.iterdir():  # of a run that was killed
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+        work.mkdir()
         make_data(args, work)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise Refused(f"--out {out}: {error.strerror}") from error
     finally:
         if not (out / ".old").exists():  # else the next run undoes an exchange
             shutil.rmtree(work, ignore_errors=True)
-        lock.release()
-        with suppress(OSError):  # only goes if it is empty
+        with suppress(OSError):  # the folder goes if it is empty
+            (out / ".lock").unlink()
             out.rmdir()
+        lock.release()
 
 
-# ----------------------------------------------------------------- études: a corpus of our own
+# ---------------------------------------------------------------------- études: a corpus of our own
 
-# Four chords, one a bar, by degree of the scale (0 tonic, 4 dominant): questions, answers, somewhere else.
+# Four chords, one a bar, by degree of the scale (0 tonic, 4 dominant).
 QUESTIONS = (0, 3, 0, 4), (0, 5, 3, 4), (0, 5, 1, 4), (0, 2, 3, 4), (0, 0, 3, 4)
 ANSWERS = (0, 3, 4, 0), (0, 1, 4, 0), (5, 1, 4, 0), (0, 5, 4, 0), (3, 0, 4, 0)
 ELSEWHERE = (5, 2, 3, 4), (3, 0, 1, 4), (5, 3, 0, 4), (1, 5, 3, 4)
-# One bar of one hand in equal parts, in 4/4 or 3/4: steps above the chord's root, B bass, C chord, - hold.
-FIGURES = "04240424 B0242420 B-C-B-C- C---C--- B-024-20 B---C-C-", "B-C-C- B02420 042424 B--C-- B-024-"
+# One bar of one hand in equal parts, in 4/4 and in 3/4: steps above the chord's root, B its bass,
+# C the chord, - goes on.
+FIGURES = (
+    "04240424 B0242420 B-C-B-C- C---C--- B-024-20 B---C-C-",
+    "B-C-C- B02420 042424 B--C-- B-024-",
+)
 MELODIES = (
     "0-2-4-2- 4-3-2--- 4--32-0- 2---4--- 01234--- 7-4-2-4- 45432-0- 2-1-2-4- 0123456776543210",
     "0-2-4- 4--32- 2---4- 012345 420242 7-4-2- 4-5-4- 012345654321",
@@ -1052,7 +1017,7 @@ def compose_corpus(count, seed, folder):
 
 
 def compose(seed):
-    """A small tonal étude as a Score: melody in phrases over a figure, with rubato, dynamics and pedal."""
+    """A small tonal étude as a Score: melodies over figures, with rubato, dynamics and pedal."""
     dice = random.Random(seed)
     waltz, bar_seconds = dice.choice([(False, 2), (False, 2), (True, 2), (True, 2), (False, 4)])
     tonic, minor = dice.randrange(67, 79), dice.random() < 0.4
@@ -1060,8 +1025,9 @@ def compose(seed):
     scale = (0, 2, 3, 5, 7, 8, 10) if minor else (0, 2, 4, 5, 7, 9, 11)
 
     def section(*progressions):
-        """Phrases of four bars (chord, melody, figure): melodies a, a, b, a cadence, over one figure."""
-        figure, a, b = (dice.choice(texts[waltz].split()) for texts in (FIGURES, MELODIES, MELODIES))
+        """Phrases of four bars (chord, melody, figure): melodies a, a, b, a cadence; one figure."""
+        figure = dice.choice(FIGURES[waltz].split())
+        a, b = (dice.choice(MELODIES[waltz].split()) for _ in "ab")
         for progression in progressions:
             cadence = dice.choice(CADENCES[waltz].split())
             yield from zip(dice.choice(progression), (a, a, b, cadence), [figure] * 4)
@@ -1071,7 +1037,7 @@ def compose(seed):
     form.append((0, "0", "B", "C"))  # the last chord
 
     def tick(bar):
-        """When a moment, in bars, sounds: a phrase of four hurries, then waits; the last two bars slow down."""
+        """When a moment, in bars, sounds: a phrase hurries, then waits; the last bars slow down."""
         ritardando = 0.4 * max(0, bar + 2 - len(form)) ** 2
         return round(960 * (bar * bar_seconds - rubato * math.sin(math.pi * bar / 2) + ritardando))
 
@@ -1081,7 +1047,9 @@ def compose(seed):
             for struck in re.finditer("[^-]-*", text):
                 start, end = (bar + place / len(text) for place in struck.span())
                 begin, name = tick(start) + dice.randrange(8), struck[0][0]
-                swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (start == bar) + (-8 if left else 8)
+                length = tick(end - 0.05 * (end - start)) - begin
+                swell = 10 * math.sin(math.pi * (start / 4 % 1)) + 6 * (start == bar)
+                swell += -8 if left else 8
                 for steps in {"B": "0", "C": "024"}.get(name, name):
                     octave, step = divmod(chord - 7 * (chord > 2) + int(steps), 7)
                     leading_tone = minor and chord == 4 and step == 6
@@ -1090,10 +1058,11 @@ def compose(seed):
                         lowest = 36 if name == "B" else 48
                         pitch = lowest + (pitch - lowest) % 12
                     velocity = round(loudness + swell + dice.gauss(0, 2))
-                    track.notes.append(Note(begin, tick(end - 0.05 * (end - start)) - begin, pitch, velocity))
-        if "B" in hands[1] and not set("1356") & set(hands[0]):  # pedal where the whole bar is one chord
-            for at, value in ((0.02, 127), (0.98, 0)):
-                track.controls.append(ControlChange(tick(bar + at), 64, value))
+                    track.notes.append(Note(begin, length, pitch, velocity))
+        one_chord = "B" in hands[1] and not set("1356") & set(hands[0])
+        if one_chord:  # in the whole bar, and so under one pedal
+            track.controls.append(ControlChange(tick(bar + 0.02), 64, 127))
+            track.controls.append(ControlChange(tick(bar + 0.98), 64, 0))
     score.tracks.append(track)
     return score
 
