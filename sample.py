@@ -451,7 +451,10 @@ def file_ids(args, tokenizer):
     score = midi_tokenize.read_midi(args.prompt)
     if args.prompt_bars:
         midi_tokenize.prepare(score, tokenizer)  # refuses what has bars for years
-        bar_lines = [*get_bars_ticks(score), score.end()]
+        try:
+            bar_lines = [*get_bars_ticks(score), score.end()]
+        except ArithmeticError as error:
+            raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
         score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
     score = midi_tokenize.prepare(score, tokenizer)
     if args.prompt_seconds:

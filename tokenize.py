@@ -36,6 +36,7 @@ else:
     import argparse
     import csv
     import difflib
+    import errno
     import gzip
     import hashlib
     import io
@@ -650,13 +651,15 @@ def unpack(archive, folder):
         opened = zipfile.ZipFile(archive)
         members = opened.infolist()
         size, files = sum(m.file_size for m in members), sum(not m.is_dir() for m in members)
-        for member in members:  # some Windows programs write backslashes
+        for member in members:  # some programs of Windows write backslashes
             member.filename = member.filename.replace("\\", "/")
     else:
         opened = tarfile.open(archive)
         opened.extraction_filter = tarfile.data_filter  # refuses what leads out of the folder
         members = opened.getmembers()
         size, files = sum(m.size for m in members), sum(m.isfile() for m in members)
+        for member in members:
+            member.name = member.name.replace("\\", "/")
         while opened.fileobj.read(1 << 20):  # to its checksum, which comes last
             pass
     if size > 200_000_000 + 100 * archive.stat().st_size:
@@ -980,6 +983,10 @@ def main(args):
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
         work.mkdir()
         make_data(args, work)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Refused(f"--out {out}: {error.strerror}") from error
     finally:
         if not (out / ".old").exists():  # else the next run undoes an exchange
             shutil.rmtree(work, ignore_errors=True)
