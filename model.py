@@ -242,9 +242,8 @@ def fold(seeds_B, place):
 def dropout(x_BTD, seeds_B, rate):
     """Zero a `rate` share of x and scale up the rest to keep the mean; without seeds, do nothing.
 
-    What is dropped depends on each row's seed alone, so it is the same on one device and on eight,
-    in one batch or in micro-batches. Hashes of seed and place fuse with what they drop: jax.random's
-    bits took 9 % of a step on CPU.
+    What is dropped depends on each row's seed alone: it is the same on one device and on eight, in
+    one batch and in micro-batches. Hashes fuse with what they drop: jax.random took 9 % of a step.
     """
     if seeds_B is None or rate == 0:
         return x_BTD
@@ -267,7 +266,8 @@ def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
 def extend(cache, k_BTHK, v_BTHK, start):
     """Write to the cache, a ring: position p stands in slot p % S. No write may pass its end."""
     k_BSHK, v_BSHK = cache
-    slot, write = start % k_BSHK.shape[1], jax.lax.dynamic_update_slice_in_dim
+    slot = start % k_BSHK.shape[1]
+    write = jax.lax.dynamic_update_slice_in_dim
     return write(k_BSHK, k_BTHK, slot, axis=1), write(v_BSHK, v_BTHK, slot, axis=1)
 
 
@@ -330,7 +330,7 @@ def parameter_count(model):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """A file that takes the place of `path` once it is complete, whatever kill or full disk comes."""
+    """A file that takes the place of `path` once complete, whatever kill or full disk comes."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, mode) as file:

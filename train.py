@@ -257,16 +257,14 @@ def orthogonalize(momentum, mesh):
 
     leaves, treedef = jax.tree.flatten(momentum)
     wide = [leaf if leaf.shape[0] <= leaf.shape[1] else leaf.T for leaf in leaves]
-    turned = {}
+    turned = [None] * len(leaves)
     for shape in dict.fromkeys(leaf.shape for leaf in wide):
         places = [place for place, leaf in enumerate(wide) if leaf.shape == shape]
         stack = jnp.stack([wide[place] for place in places])
         stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
-        turned |= dict(zip(places, on_each_device(newton_schulz, mesh, ROWS)(stack)))
-    for place, leaf in enumerate(leaves):
-        if turned[place].shape != leaf.shape:
-            turned[place] = turned[place].T
-    return treedef.unflatten(turned[place] for place in range(len(leaves)))
+        for place, matrix in zip(places, on_each_device(newton_schulz, mesh, ROWS)(stack)):
+            turned[place] = matrix if matrix.shape == leaves[place].shape else matrix.T
+    return treedef.unflatten(turned)
 
 
 def on_each_device(function, mesh, *in_specs):
@@ -355,6 +353,7 @@ def train(args, data, mesh, saved):
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = fresh_or_restored(args, data, mesh, optimizer, saved)
     run, first, rows = Path(args.run), facts["step"], facts["rows"]
+    is_main = jax.process_index() == 0  # of several hosts, one writes
     introduce(args, data, mesh, state["model"], first)
     if args.init_from and first == 0:
         before = evaluate(args, data, mesh, eval_step, state["model"])
@@ -363,8 +362,7 @@ def train(args, data, mesh, saved):
     batch = put(mesh, MICRO_ROWS, data.batch(args, first))
     if first < args.steps:  # compiled before tokens per second are counted
         train_step = train_step.lower(state, batch, np.uint32(first)).compile()
-    is_main, lap_began = jax.process_index() == 0, time.time()
-    steps = range(first, args.steps)
+    lap_began, steps = time.time(), range(first, args.steps)
     for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
         state, metrics = train_step(state, batch, np.uint32(step))
         done = step + 1
@@ -445,7 +443,8 @@ def stop_if_diverged(args, rows, vocab_size):
 
     Held-out music may be twice as bad: overfitting is no divergence.
     """
-    row, limit = rows[-1], np.log(vocab_size) + 1  # in nats; a guess at random has log V
+    row = rows[-1]
+    limit = np.log(vocab_size) + 1  # in nats; a guess at random has log V
     if args.init_from:
         limit = max(limit, 1.5 * rows[0]["train_loss"])
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
@@ -471,17 +470,19 @@ PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device
 def find_devices(multihost):
     """Every device of this machine or of all hosts; never the CPU where a TPU should be."""
     try:
-        if multihost is not None:
-            address, *numbers = multihost.split(",") if multihost else [None]
-            jax.distributed.initialize(address, *map(int, numbers))
+        if multihost == "":  # the flag alone
+            jax.distributed.initialize()
+        elif multihost:
+            address, count, index = multihost.split(",")
+            jax.distributed.initialize(address, int(count), int(index))
         devices = jax.devices()
     except (RuntimeError, ValueError) as error:
         raise Refused(f"JAX finds no device: {str(error).splitlines()[0]}") from error
     marks = [name for name in TPU_MARKS if name in os.environ]
     if marks and devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
         raise Refused(
-            f"{marks[0]} is set, as on a TPU VM, but JAX sees no TPU: restart the session, and any "
-            "notebook that imported jax; or train on the CPU: JAX_PLATFORMS=cpu python train.py"
+            f"{marks[0]} is set, as on a TPU VM, but JAX sees no TPU: restart the session, or what "
+            "imported jax there; JAX_PLATFORMS=cpu python train.py trains on the CPU"
         )
     return devices
 
@@ -623,13 +624,13 @@ def introduce(args, data, mesh, model, first):
 
 def summarize(args, rows, stop):
     """What came of it, and what to do next."""
-    unknown = dict.fromkeys(COLUMNS, np.nan)
     evaluated = [row for row in rows if "val_nats_per_note" in row]
-    best = min(evaluated, key=lambda row: row["val_nats_per_note"], default=unknown)
-    last = evaluated[-1] if evaluated else unknown
+    if evaluated:
+        best = min(evaluated, key=lambda row: row["val_nats_per_note"])
+        print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
+    last = evaluated[-1] if evaluated else dict.fromkeys(COLUMNS, np.nan)
     speed = np.median([row["tokens_per_second"] for row in rows])
     print(
-        f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}\n"
         f"hear it: python sample.py --run {args.run}\n"
         f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
         f"val_nats_per_token={last['val_nats_per_token']:.4f} tokens_per_second={speed:.0f}"
