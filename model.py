@@ -54,8 +54,8 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0):
     Queries stand at positions start, start + 1, ...; which position a key has, `is_visible` says.
     """
     T, S, K = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[3]
-    scaled_BTHK, in_float32 = q_BTHK * K**-0.5, dict(preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.einsum("bthk,bshk->bhts", scaled_BTHK, k_BSHK, **in_float32)
+    q_BTHK = q_BTHK * K**-0.5
+    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     scores_BHTS = jnp.where(is_visible(T, S, start), scores_BHTS, -jnp.inf)
     weights_BHTS = jax.nn.softmax(scores_BHTS).astype(v_BSHK.dtype)
     return jnp.einsum("bhts,bshk->bthk", weights_BHTS, v_BSHK)
@@ -242,9 +242,8 @@ def fold(seeds_B, place):
 def dropout(x_BTD, seeds_B, rate):
     """Zero a `rate` share of x and scale up the rest to keep the mean; without seeds, do nothing.
 
-    What is dropped depends on each row's seed alone, so it is the same on one device and on eight,
-    in one batch or in micro-batches. Hashes of seed and place fuse with what they drop: jax.random's
-    bits took 9 % of a step on CPU.
+    What is dropped depends on each row's seed alone: it is the same on one device and on eight, in
+    one batch and in micro-batches. Hashes fuse with what they drop: jax.random took 9 % of a step.
     """
     if seeds_B is None or rate == 0:
         return x_BTD
@@ -268,9 +267,8 @@ def extend(cache, k_BTHK, v_BTHK, start):
     """Write to the cache, a ring: position p stands in slot p % S. No write may pass its end."""
     k_BSHK, v_BSHK = cache
     slot = start % k_BSHK.shape[1]
-    k_BSHK = jax.lax.dynamic_update_slice_in_dim(k_BSHK, k_BTHK, slot, axis=1)
-    v_BSHK = jax.lax.dynamic_update_slice_in_dim(v_BSHK, v_BTHK, slot, axis=1)
-    return k_BSHK, v_BSHK
+    write = jax.lax.dynamic_update_slice_in_dim
+    return write(k_BSHK, k_BTHK, slot, axis=1), write(v_BSHK, v_BTHK, slot, axis=1)
 
 
 def is_visible(T, S, start):
@@ -292,8 +290,8 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
     if kind == "splash":
         return splash_attention(q_BTHK, k_BTHK, v_BTHK)
     if kind == "cudnn":
-        fused = dict(is_causal=True, implementation="cudnn")
-        return jax.nn.dot_product_attention(q_BTHK, k_BTHK, v_BTHK, **fused)
+        attend = jax.nn.dot_product_attention
+        return attend(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
     return blocked_attention(q_BTHK, k_BTHK, v_BTHK)
 
 
@@ -332,7 +330,7 @@ def parameter_count(model):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """A file that takes the place of `path` once it is complete, whatever kill or full disk comes."""
+    """A file that takes the place of `path` once complete, whatever kill or full disk comes."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, mode) as file:
@@ -353,14 +351,12 @@ def save(path, tree, **meta):
 
 
 def load(path, like=None):
-    """Read (tree, meta). `like` is a tree of arrays, or a function of meta that builds one.
+    """Read (tree, meta). `like` is a tree, or a function of meta that builds one:
 
-        load("run/last.ckpt", {"model": model, "optimizer": state})
         load("run/best.ckpt", lambda meta: {"model": Decoder(Config(**meta["config"]), key)})
 
-    Of `like` only shapes and types count; float16 weights become float32, if it says so. What the file
-    holds beyond it is left out. Nothing in the file is ever executed (numpy refuses pickles), and the
-    zip format's checksums notice damage. Raises Refused.
+    Shapes and types are those of `like`; what the file holds beyond it is left out. Nothing in it
+    is ever executed (numpy refuses pickles), and the zip format's checksums notice damage.
     """
     try:
         with np.load(path) as file:
@@ -369,15 +365,16 @@ def load(path, like=None):
     except FileNotFoundError:
         raise Refused(f"{path}: no such checkpoint") from None
     except Exception as error:  # whatever a damaged or foreign file provokes in numpy and json
-        reason = error or type(error).__name__
-        raise Refused(f"{path}: not a usable checkpoint ({reason})") from error
+        raise Refused(f"{path}: not a usable checkpoint ({error!r})") from error
 
     def find(place, leaf):
         name = jax.tree_util.keystr(place)
-        array = arrays.get(name)
-        if array is None or array.shape != leaf.shape or array.dtype.kind != leaf.dtype.kind:
-            found = "missing" if array is None else f"{array.dtype}{array.shape}"
-            raise Refused(f"{path}: {name} is {found}, not {leaf.dtype}{leaf.shape}")
+        if name not in arrays:
+            raise Refused(f"{path}: {name} is missing")
+        array = arrays[name]
+        if array.shape != leaf.shape or array.dtype.kind != leaf.dtype.kind:
+            wanted = f"{leaf.dtype}{leaf.shape}"
+            raise Refused(f"{path}: {name} is {array.dtype}{array.shape}, not {wanted}")
         return array.astype(leaf.dtype)
 
     like = jax.eval_shape(lambda: like(meta)) if callable(like) else like

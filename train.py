@@ -111,8 +111,8 @@ def make_parser():
     knob = parser.add_argument_group("machines").add_argument
     knob("--attention", choices=["splash", "cudnn", "xla"], help="default: the fastest here")
     knob("--multihost", nargs="?", const="", metavar="HOST:PORT,N,I",
-         help="one of several hosts, which share --data and --run: found by itself on TPU pods and "
-         "SLURM; else process 0's address, how many, and which")  # fmt: skip
+         help="one of several hosts that share --data and --run; TPU pods and SLURM tell it the "
+         "rest, else process 0's address, how many, and which")  # fmt: skip
     return parser
 
 
@@ -124,26 +124,24 @@ def parse_flags(argv, devices):
     parser = make_parser()
     typed, unknown = parser.parse_known_args(argv)
     if unknown:
-        typo = unknown[0].split("=")[0]
-        nearest = difflib.get_close_matches(typo, [f"--{name}" for name in vars(typed)], 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise Refused(f"{typo}: no such flag{hint}")
+        flags = [f"--{name}" for name in vars(typed)]
+        nearest = difflib.get_close_matches(unknown[0], flags, 1, cutoff=0)[0]
+        raise Refused(f"{unknown[0]}: no such flag; did you mean {nearest}?")
     if typed.resume and typed.init_from:
         raise Refused("--resume goes on from RUN/last.ckpt, --init_from from another: choose one")
     size = typed.size or ("tiny" if devices[0].platform == "cpu" else "base")
     preset = {"size": size} | SIZES[size] | RECIPES[typed.recipe]
     preset["precision"] = "bfloat16" if computes_in_bfloat16(devices[0]) else "float32"
-    decided, facts = {}, None  # decided: by the weights that training starts from
+    decided, facts = {}, None
     source = f"{typed.run}/last.ckpt" if typed.resume else typed.init_from
     if source:
         facts = load(source)[1]
-        saved = facts["flags"]
-        names = [*NETWORK, "size", "recipe", "optimizer"] if typed.resume else NETWORK
+        saved, names = facts["flags"], NETWORK
+        if typed.resume:
+            names += "size", "recipe", "optimizer"
+            preset |= saved | {"data": str(Path(typed.run) / facts["data"])}
         decided = {name: saved[name] for name in names if name in saved}
         preset |= decided
-        if typed.resume:
-            preset |= {name: value for name, value in saved.items() if hasattr(typed, name)}
-            preset["data"] = str(Path(typed.run) / facts["data"])
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     for name, value in decided.items():
@@ -166,11 +164,10 @@ class Data:
             for side in ("train", "val"):
                 self.tokens[side] = np.memmap(self.folder / f"{side}.bin", self.meta["dtype"], "r")
         except (OSError, ValueError) as error:
-            cure = f"python tokenize.py SOURCE --out {folder} makes one"
-            raise Refused(f"--data {folder}: {error}; {cure}") from error
+            raise Refused(f"--data: {error}; python tokenize.py SOURCE --out {folder}") from error
         self.music = {side: self.meta[side] for side in ("train", "val")}
-        self.sha256 = hashlib.sha256(self.tokenizer).hexdigest()
-        if self.sha256 != self.meta["tokenizer_sha256"]:
+        self.sha256 = self.meta["tokenizer_sha256"]
+        if hashlib.sha256(self.tokenizer).hexdigest() != self.sha256:
             raise Refused(f"{folder}: tokenizer.json is not the one that wrote the tokens")
         for side, tokens in self.tokens.items():
             self.starts[side] = np.flatnonzero(tokens == self.meta["bos"])
@@ -179,8 +176,7 @@ class Data:
             if tokens.max() >= self.meta["vocab_size"]:  # JAX would clamp them in silence
                 raise Refused(f"{folder}: {side}.bin holds ids beyond the vocabulary")
             if len(tokens) <= context:
-                size = f"the {len(tokens)} tokens of {side}.bin"
-                raise Refused(f"{folder}: {size} are too few for --context {context}")
+                raise Refused(f"{folder}: {side}.bin holds too few for --context {context}")
 
     def windows(self, side, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
@@ -261,15 +257,14 @@ def orthogonalize(momentum, mesh):
 
     leaves, treedef = jax.tree.flatten(momentum)
     wide = [leaf if leaf.shape[0] <= leaf.shape[1] else leaf.T for leaf in leaves]
-    turned = {}
+    turned = [None] * len(leaves)
     for shape in dict.fromkeys(leaf.shape for leaf in wide):
         places = [place for place, leaf in enumerate(wide) if leaf.shape == shape]
         stack = jnp.stack([wide[place] for place in places])
         stack = jnp.pad(stack, ((0, -len(places) % mesh.size), (0, 0), (0, 0)))
-        turned |= dict(zip(places, on_each_device(newton_schulz, mesh, ROWS)(stack)))
-    for place, leaf in enumerate(leaves):
-        turned[place] = turned[place] if turned[place].shape == leaf.shape else turned[place].T
-    return treedef.unflatten(turned[place] for place in range(len(leaves)))
+        for place, matrix in zip(places, on_each_device(newton_schulz, mesh, ROWS)(stack)):
+            turned[place] = matrix if matrix.shape == leaves[place].shape else matrix.T
+    return treedef.unflatten(turned)
 
 
 def on_each_device(function, mesh, *in_specs):
@@ -337,9 +332,7 @@ def evaluate(args, data, mesh, eval_step, model):
     ]
     rows, nats = args.batch_size // args.accumulate, 0.0
     padded = windows + [(0, 0)] * (-len(windows) % rows)
-    hidden = jax.process_index() != 0
-    batches = range(0, len(padded), rows)
-    for i in tqdm(batches, desc="evaluating", leave=False, delay=2, disable=hidden):
+    for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2):
         starts, count_B = np.array(padded[i : i + rows]).T
         tokens_BT = data.windows("val", starts, args.context + 1)
         # float waits: many steps in flight would block each other on virtual CPU devices
@@ -356,25 +349,20 @@ def evaluate(args, data, mesh, eval_step, model):
 
 def train(args, data, mesh, saved):
     """Returns the rows of log.csv and the Stop, which knows whether and why the run ended early."""
-    run, schedule, optimizer = Path(args.run), make_schedule(args), make_optimizer(args, mesh)
+    schedule, optimizer = make_schedule(args), make_optimizer(args, mesh)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = fresh_or_restored(args, data, mesh, optimizer, saved)
-    first, rows, is_main = facts["step"], facts["rows"], jax.process_index() == 0
-    if is_main:
-        introduce(args, data, mesh, state["model"])
-        with atomic_write(run / "tokenizer.json") as file:
-            file.write(data.tokenizer)
-        print("compiling ..." if first < args.steps else f"all {first} steps are done (--steps)")
+    run, first, rows = Path(args.run), facts["step"], facts["rows"]
+    is_main = jax.process_index() == 0  # of several hosts, one writes
+    introduce(args, data, mesh, state["model"], first)
     if args.init_from and first == 0:
         before = evaluate(args, data, mesh, eval_step, state["model"])
-        if is_main:
-            print(f"before fine-tuning: val_nats_per_note={before['val_nats_per_note']:.4f}")
+        print(f"before fine-tuning: val_nats_per_note={before['val_nats_per_note']:.4f}")
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.batch(args, first))
     if first < args.steps:  # compiled before tokens per second are counted
         train_step = train_step.lower(state, batch, np.uint32(first)).compile()
-    lap_began, lap_first = time.time(), first
-    steps = range(first, args.steps)
+    lap_began, steps = time.time(), range(first, args.steps)
     for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
         state, metrics = train_step(state, batch, np.uint32(step))
         done = step + 1
@@ -388,16 +376,17 @@ def train(args, data, mesh, saved):
 
         row = {"step": done, "learning_rate": float(schedule(step))}
         row |= {name: float(value) for name, value in metrics.items()}  # waits for the device
-        tokens = (done - lap_first) * args.batch_size * args.context
+        tokens = (done - facts["step"]) * args.batch_size * args.context
         row |= throughput(args, mesh, state["model"], tokens / (time.time() - lap_began))
         if evaluating:
             row |= evaluate(args, data, mesh, eval_step, state["model"])
-        stop_if_diverged(args, [*rows, row], data.meta["vocab_size"])
         row["seconds"] = round(time.time() - began, 1)
         rows.append(row)
-        is_best = row.get("val_nats_per_note", np.inf) < facts["best"]
-        facts |= {"step": done, "seconds": time.time() - began, "rows": rows}
-        facts["best"] = row["val_nats_per_note"] if is_best else facts["best"]
+        stop_if_diverged(args, rows, data.meta["vocab_size"])
+        facts |= {"step": done, "seconds": row["seconds"]}
+        is_best = evaluating and row["val_nats_per_note"] < facts["best"]
+        if is_best:
+            facts["best"] = row["val_nats_per_note"]
         if is_main:
             if is_best:
                 save(run / "best.ckpt", {"model": state["model"]}, **facts)
@@ -406,21 +395,24 @@ def train(args, data, mesh, saved):
             record(args, rows)
         if stopping:
             break
-        lap_began, lap_first = time.time(), done
+        lap_began = time.time()
     return rows, stop
 
 
 class Stop:
     """Why a run ends early, on all processes at the same step: a signal or --max_hours."""
 
-    # Ctrl-C, kill, a closed terminal, a scheduler's warning
+    LAUNCHED = time.time()
+    # Ctrl-C, kill and, where the system has them, a closed terminal and a scheduler's warning
     SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 
     def __init__(self, max_hours):
-        self.deadline, self.reason, self.exit_code = LAUNCHED + 3600 * max_hours, None, 0
-        self.checked, self.longest = time.time(), 0.0
+        self.reason, self.exit_code = None, 0
+        self.deadline = self.LAUNCHED + 3600 * max_hours
+        self.last_row, self.longest = time.time(), 0.0  # from a row to the next
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
         for name in self.SIGNALS:
-            number = getattr(signal, name, None)  # Windows has not all of them
+            number = getattr(signal, name, None)
             if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignore SIGHUP
                 signal.signal(number, self.on_signal)
 
@@ -428,24 +420,22 @@ class Stop:
         self.reason, self.exit_code = signal.Signals(number).name, 128 + number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
         if self.reason == "SIGHUP":  # the terminal is gone, and printing there would fail
-            for terminal in TERMINALS:
+            for terminal in self.terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     def wanted(self, logging):
         """To be asked after every step; --max_hours counts where a row is logged."""
         if logging:
             now = time.time()
-            self.longest, self.checked = max(self.longest, now - self.checked), now
-            if now + self.longest > self.deadline:  # a stretch as long as the longest ends too late
+            self.longest, self.last_row = max(self.longest, now - self.last_row), now
+            if now + self.longest > self.deadline:
                 self.reason = self.reason or "--max_hours"
-        if jax.process_count() == 1:
-            return self.reason is not None
-        if not logging:  # all processes have to agree, and asking them takes time
-            return False
-        heard = multihost_utils.process_allgather(np.array(self.reason is not None)).any()
-        if heard:
+        wanted = self.reason is not None
+        if jax.process_count() > 1:  # all have to agree, and asking them takes time
+            wanted = logging and bool(multihost_utils.process_allgather(np.array(wanted)).any())
+        if wanted:
             self.reason = self.reason or "another process"
-        return bool(heard)
+        return wanted
 
 
 def stop_if_diverged(args, rows, vocab_size):
@@ -460,39 +450,39 @@ def stop_if_diverged(args, rows, vocab_size):
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
     if not (losses_fit and np.isfinite(row["grad_norm"])):
         sys.exit(
-            f"The run diverged: at step {row['step']} the loss is {row['train_loss']:.3f} and the "
+            f"The run diverged: at step {row['step']} the loss is {row['train_loss']:.3f}, the "
             f"gradient's norm {row['grad_norm']:.3g}. Checkpoints in {args.run} are from before. "
-            f"Try a lower --learning_rate or a longer --warmup (now {args.warmup})."
+            "Try a lower --learning_rate or a longer --warmup."
         )
 
 
 # ------------------------------------------------------------------------------------------ devices
 
-LAUNCHED = time.time()
-TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 TPU_MARKS = "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_NAME", "COLAB_TPU_ADDR", "ISTPUVM"
-PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device; the first that is part of its name counts
-    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197,
-    "TPU v5": 459, "TPU v6": 918, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
-    "H200": 989, "L4": 121, "RTX 3090": 71, "RTX 4090": 165,
+PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device
+    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5": 459, "TPU v5p": 459,
+    "TPU v5 lite": 197, "TPU v5e": 197, "TPU v6 lite": 918, "TPU v6e": 918, "NVIDIA H200": 989,
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312, "NVIDIA L4": 121, "NVIDIA GeForce RTX 4090": 165,
 }  # fmt: skip
 
 
 def find_devices(multihost):
     """Every device of this machine or of all hosts; never the CPU where a TPU should be."""
     try:
-        if multihost is not None:
-            address, *numbers = multihost.split(",") if multihost else [None]
-            jax.distributed.initialize(address, *map(int, numbers))
+        if multihost == "":  # the flag alone
+            jax.distributed.initialize()
+        elif multihost:
+            address, count, index = multihost.split(",")
+            jax.distributed.initialize(address, int(count), int(index))
         devices = jax.devices()
     except (RuntimeError, ValueError) as error:
         raise Refused(f"JAX finds no device: {str(error).splitlines()[0]}") from error
     marks = [name for name in TPU_MARKS if name in os.environ]
     if marks and devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
         raise Refused(
-            f"this machine calls itself a TPU VM ({marks[0]}), but JAX sees no TPU. Does a "
-            "notebook that imported jax hold it? Restart that, or the session. "
-            "JAX_PLATFORMS=cpu python train.py trains on the CPU"
+            f"{marks[0]} is set, as on a TPU VM, but JAX sees no TPU: restart the session, or what "
+            "imported jax there; JAX_PLATFORMS=cpu python train.py trains on the CPU"
         )
     return devices
 
@@ -505,16 +495,15 @@ def computes_in_bfloat16(device):
 
 def choose_attention(args, device):
     """The fastest attention that works here: what its shapes allow and the compiler accepts."""
-    kind, K, fused = device.device_kind, args.dim // args.heads, "xla"
-    if kind.startswith("TPU") and kind not in ("TPU v2", "TPU v3") and args.context % 128 == 0:
-        fused = "splash"
-    elif device.platform == "gpu" and computes_in_bfloat16(device) and K in range(8, 129, 8):
+    K, fused = args.dim // args.heads, "xla"
+    if args.precision == "bfloat16" and device.platform == "tpu":
+        if args.context % 128 == 0 and device.device_kind not in ("TPU v2", "TPU v3"):
+            fused = "splash"
+    elif args.precision == "bfloat16" and computes_in_bfloat16(device) and K in range(8, 129, 8):
         fused = "cudnn"
-    if args.precision != "bfloat16":
-        fused = "xla"
     if args.attention not in (None, "xla", fused):
         raise Refused(f"--attention {args.attention}: this device and shape allow {fused}")
-    if args.attention == "xla" or fused == "xla":
+    if "xla" in (args.attention, fused):
         return "xla"
     error = compile_error(fused, device, args.heads, K)
     if error is None:
@@ -557,18 +546,15 @@ def flops_per_token(args, model):
 
 def throughput(args, mesh, model, tokens_per_second):
     """Also as model-FLOPs utilisation, the share of the devices' peak, where that is known."""
-    kind, row = mesh.devices.flat[0].device_kind, {"tokens_per_second": tokens_per_second}
-    known = [name for name in PEAK_TERAFLOPS if re.search(name + r"(?!\d)", kind)]  # L40S: no L4
-    if known and args.precision == "bfloat16":
-        peak = mesh.size * 1e12 * PEAK_TERAFLOPS[known[0]]
-        row["mfu"] = tokens_per_second * flops_per_token(args, model) / peak
+    row = {"tokens_per_second": tokens_per_second}
+    peak = PEAK_TERAFLOPS.get(mesh.devices.flat[0].device_kind)
+    if peak and args.precision == "bfloat16":
+        flops = tokens_per_second * flops_per_token(args, model)
+        row["mfu"] = flops / (mesh.size * peak * 1e12)
     return row
 
 
 # ----------------------------------------------------------------------------------- restoring, log
-
-COLUMNS = "step seconds train_loss val_nats_per_token val_nats_per_note val_bits_per_second"
-COLUMNS = [*COLUMNS.split(), "learning_rate", "grad_norm", "tokens_per_second", "mfu"]
 
 
 def fresh_or_restored(args, data, mesh, optimizer, saved):
@@ -580,27 +566,26 @@ def fresh_or_restored(args, data, mesh, optimizer, saved):
         state = load(f"{args.run}/last.ckpt", state)[0]
     elif args.init_from:
         state |= load(args.init_from, {"model": state["model"]})[0]
-    flags = {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH}
-    facts |= {"flags": flags, "config": dataclasses.asdict(state["model"].cfg)}
-    facts |= {"data": relative(data.folder, args.run), "music": data.music}
-    facts["tokenizer_sha256"] = data.sha256
-    state = jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state)
-    return state, facts
+    facts |= {
+        "flags": {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH},
+        "config": dataclasses.asdict(state["model"].cfg),
+        "data": os.path.relpath(data.folder, args.run),  # the same when both are moved
+        "music": data.music,
+        "tokenizer_sha256": data.sha256,
+    }
+    return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
 
-def relative(path, start):
-    """The way from one folder to another, which stays the same when both are moved."""
-    try:
-        return os.path.relpath(path, start)
-    except ValueError:  # on Windows, on another drive
-        return os.path.abspath(path)
+COLUMNS = [
+    "step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note",
+    "val_bits_per_second", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
+]  # fmt: skip
 
 
 def record(args, rows):
     """Show the last row, and write all to log.csv and, after an evaluation, to loss.png."""
     run, row = Path(args.run), rows[-1]
-    brief = {name: f"{value:.0f}" if value > 999 else f"{value:.4g}" for name, value in row.items()}
-    tqdm.write("  ".join(f"{name} {value}" for name, value in brief.items()))
+    tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
     if args.wandb:
         import wandb
 
@@ -608,7 +593,7 @@ def record(args, rows):
             wandb.init(project="tchaikovsky", dir=run, config=vars(args))
         wandb.log(row, step=row["step"])
     with atomic_write(run / "log.csv", "w") as file:
-        columns = list(dict.fromkeys(COLUMNS + [name for row in rows for name in row]))
+        columns = dict.fromkeys(COLUMNS + [name for row in rows for name in row])
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -623,24 +608,35 @@ def draw_curve(path, rows):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), style, label=name)
     axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
-def introduce(args, data, mesh, model):
-    """Say what runs on what, and the loss of knowing only how frequent each token is."""
-    train, val = data.music["train"], data.music["val"]
-    counts = np.bincount(data.tokens["train"][: 10**7], minlength=data.meta["vocab_size"])
-    share = counts[counts > 0] / counts.sum()
-    entropy = -(share * np.log(share)).sum()
-    passes = args.steps * args.batch_size * args.context / train["tokens"]
+def introduce(args, data, mesh, model, first):
+    """Say what runs on what."""
+    tokens = data.music["train"]["tokens"]
+    passes = args.steps * args.batch_size * args.context / tokens
     print(
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {args.precision}, {args.attention} "
         f"attention; --size {args.size}: {parameter_count(model):,} parameters, {args.optimizer}\n"
-        f"{args.steps} steps pass {passes:.1f} times over {train['tokens']:,} training tokens\n"
-        f"vocabulary {len(counts):,}, unigram entropy {entropy:.3f} nats per token "
-        f"({entropy * val['tokens'] / val['notes']:.3f} per note)"
+        f"{args.steps} steps, {first} of them done, pass {passes:.1f} times over {tokens:,} tokens"
     )
+
+
+def summarize(args, rows, stop):
+    """What came of it, and what to do next."""
+    evaluated = [row for row in rows if "val_nats_per_note" in row]
+    if evaluated:
+        best = min(evaluated, key=lambda row: row["val_nats_per_note"])
+        print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
+    last = evaluated[-1] if evaluated else dict.fromkeys(COLUMNS, np.nan)
+    speed = np.median([row["tokens_per_second"] for row in rows])
+    print(
+        f"hear it: python sample.py --run {args.run}\n"
+        f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
+        f"val_nats_per_token={last['val_nats_per_token']:.4f} tokens_per_second={speed:.0f}"
+    )
+    if stop.reason:
+        print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -648,8 +644,8 @@ def introduce(args, data, mesh, model):
 
 def complete(args, data, devices):
     """Fill in the flags that follow from others, from the data and the devices."""
-    tokens_a_step = args.batch_size * args.context
     if args.steps is None:
+        tokens_a_step = args.batch_size * args.context
         passes = args.max_passes * data.meta["train"]["tokens"] / tokens_a_step
         args.steps = min(args.max_steps, max(1, round(passes)))
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
@@ -659,72 +655,52 @@ def complete(args, data, devices):
     unit = len(devices) * args.accumulate
     if args.batch_size % unit:
         nearest = max(1, round(args.batch_size / unit)) * unit
-        parts = f"{len(devices)} devices x --accumulate {args.accumulate}"
-        hint = f"does not divide over {parts}; the nearest that does is {nearest}"
-        raise Refused(f"--batch_size {args.batch_size}: {hint}")
+        raise Refused(
+            f"--batch_size {args.batch_size}: does not divide over {len(devices)} devices x "
+            f"--accumulate {args.accumulate}; the nearest that does is {nearest}"
+        )
     args.attention = choose_attention(args, devices[0])
 
 
 def main(argv):
-    typed = make_parser().parse_known_args(argv)[0]
-    if typed.wandb and not importlib.util.find_spec("wandb"):
-        raise Refused("--wandb: pip install wandb")
-    devices = find_devices(typed.multihost)
+    devices = find_devices(make_parser().parse_known_args(argv)[0].multihost)
+    if jax.process_index() != 0:  # of several hosts, one speaks
+        sys.stdout = open(os.devnull, "w")
     args, saved = parse_flags(argv, devices)
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise Refused("--wandb: pip install wandb")
     run, source = Path(args.run), f"{args.run}/last.ckpt" if args.resume else args.init_from
-    if any(run.glob("*.ckpt")) and not args.resume:
-        raise Refused(f"--run {run}: holds a run; go on with --resume, name another, or delete it")
-    if (run / "meta.json").exists():
-        raise Refused(f"--run {run}: holds data that tokenize.py wrote; name another folder")
+    if not args.resume and (any(run.glob("*.ckpt")) or (run / "meta.json").exists()):
+        raise Refused(f"--run {run}: holds data or a run; go on with --resume, or name another")
     data = Data(args.data, args.context)
     if saved and saved["tokenizer_sha256"] != data.sha256:
-        raise Refused(
-            f"{source}: made with another tokenizer than {data.folder}; tokenize with "
-            f"--tokenizer {Path(source).with_name('tokenizer.json')}"
-        )
+        cure = f"python tokenize.py --tokenizer {Path(source).with_name('tokenizer.json')}"
+        raise Refused(f"{source}: made with another tokenizer than {data.folder}: {cure}")
     if args.resume and saved["music"] != data.music:
-        cure = f"--init_from {source} --run NEW learns it"
-        raise Refused(f"{data.folder} holds other music by now; {cure}")
+        raise Refused(f"{data.folder}: holds other music by now; --init_from {source} learns it")
     complete(args, data, devices)
     if args.precision == "float32" and devices[0].platform != "cpu":  # GPUs, TPUs round products
         jax.config.update("jax_default_matmul_precision", "highest")
+    run.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(run / ".lock")
     try:
-        run.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             with contextlib.suppress(NotImplementedError):  # some network drives have no locks
                 lock.acquire(timeout=0)
+            with atomic_write(run / "tokenizer.json") as file:
+                file.write(data.tokenizer)
         rows, stop = train(args, data, Mesh(devices, ("data",)), saved)
     except filelock.Timeout:
-        raise Refused(f"--run {run}: another train.py is writing there; name another") from None
+        raise Refused(f"--run {run}: another train.py is writing there") from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        cure = f"--accumulate {2 * args.accumulate} gives the same result in less"
-        raise Refused(f"out of memory; {cure}") from error
+        raise Refused(f"out of memory; try --accumulate {2 * args.accumulate}") from error
     finally:
         lock.release()
-    if jax.process_index() == 0:
-        summarize(args, rows, stop)
+    summarize(args, rows, stop)
     if stop.exit_code:
         sys.exit(stop.exit_code)
-
-
-def summarize(args, rows, stop):
-    """What came of it, and what to do next."""
-    evaluated = [row for row in rows if "val_nats_per_note" in row]
-    if evaluated:
-        best = min(evaluated, key=lambda row: row["val_nats_per_note"])
-        print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
-    print(f"hear it: python sample.py --run {args.run}")
-    last = evaluated[-1] if evaluated else dict.fromkeys(COLUMNS, np.nan)
-    speed = np.median([row["tokens_per_second"] for row in rows]) if rows else np.nan
-    print(
-        f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
-        f"val_nats_per_token={last['val_nats_per_token']:.4f} tokens_per_second={speed:.0f}"
-    )
-    if stop.reason:
-        print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
 
 
 if __name__ == "__main__":
