@@ -459,11 +459,10 @@ def stop_if_diverged(args, rows, vocab_size):
 # ------------------------------------------------------------------------------------------ devices
 
 TPU_MARKS = "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_NAME", "COLAB_TPU_ADDR", "ISTPUVM"
-PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device
-    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5": 459, "TPU v5p": 459,
-    "TPU v5 lite": 197, "TPU v5e": 197, "TPU v6 lite": 918, "TPU v6e": 918, "NVIDIA H200": 989,
-    "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100 80GB PCIe": 312, "NVIDIA L4": 121, "NVIDIA GeForce RTX 4090": 165,
+PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device; the first that is part of its name counts
+    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197,
+    "TPU v5": 459, "TPU v6": 918, "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989,
+    "L40S": 362, "L40": 181, "L4": 121, "RTX 3090": 71, "RTX 4090": 165,
 }  # fmt: skip
 
 
@@ -547,7 +546,8 @@ def flops_per_token(args, model):
 def throughput(args, mesh, model, tokens_per_second):
     """Also as model-FLOPs utilisation, the share of the devices' peak, where that is known."""
     row = {"tokens_per_second": tokens_per_second}
-    peak = PEAK_TERAFLOPS.get(mesh.devices.flat[0].device_kind)
+    kind = mesh.devices.flat[0].device_kind
+    peak = next((peak for name, peak in PEAK_TERAFLOPS.items() if name in kind), None)
     if peak and args.precision == "bfloat16":
         flops = tokens_per_second * flops_per_token(args, model)
         row["mfu"] = flops / (mesh.size * peak * 1e12)
@@ -612,13 +612,17 @@ def draw_curve(path, rows):
 
 
 def introduce(args, data, mesh, model, first):
-    """Say what runs on what."""
+    """Say what runs on what, and the loss of knowing only how frequent each token is."""
     tokens = data.music["train"]["tokens"]
     passes = args.steps * args.batch_size * args.context / tokens
+    counts = np.bincount(data.tokens["train"][: 10**7])
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * np.log(share)).sum()
     print(
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {args.precision}, {args.attention} "
         f"attention; --size {args.size}: {parameter_count(model):,} parameters, {args.optimizer}\n"
-        f"{args.steps} steps, {first} of them done, pass {passes:.1f} times over {tokens:,} tokens"
+        f"{args.steps} steps, {first} of them done, pass {passes:.1f} times over {tokens:,} tokens, "
+        f"of unigram entropy {entropy:.3f} nats per token"
     )
 
 
