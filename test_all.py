@@ -1659,10 +1659,10 @@ def test_polite_signals_save_first_and_a_second_run_in_the_same_folder_is_refuse
 
 
 def test_max_hours_saves_and_ends_in_time(markov, tmp_path):
-    out = finished(training(markov, tmp_path, "--steps", 10**6, "--eval_every", 10**6, "--max_hours", 10 / 3600))
+    out = finished(training(markov, tmp_path, "--steps", 10**6, "--eval_every", 10**6, "--max_hours", 20 / 3600))
     assert "stopped by --max_hours" in out and "final: val_nats_per_note=" in out
     facts = model.load(tmp_path / "last.ckpt")[1]
-    assert 0 < facts["step"] == max(log_of(tmp_path, "train_loss")) and facts["seconds"] < 10
+    assert 0 < facts["step"] == max(log_of(tmp_path, "train_loss")) and facts["seconds"] < 20
 
 
 def test_a_run_writes_what_it_promises(markov, trained, capsys):
