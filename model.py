@@ -364,8 +364,8 @@ def load(path, like=None):
     """
     try:
         with np.load(path) as file:
-            arrays = dict(file)
-        meta = json.loads(str(arrays["meta"]))
+            meta = json.loads(str(file["meta"]))
+            arrays = {} if like is None else dict(file)
     except FileNotFoundError:
         raise Refused(f"{path}: no such checkpoint") from None
     except Exception as error:  # whatever a damaged or foreign file provokes in numpy and json

@@ -63,14 +63,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 def parse_flags(words=None):
     """The knobs, one a line: name, limits, default, meaning. -> parser, flags."""
 
-    def between(low, high):
-        def number(text):
-            if not low <= type(high)(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
-            return type(high)(text)
-
-        return number
-
+    between = midi_tokenize.between
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
     )
@@ -337,22 +330,17 @@ class Grammar(NamedTuple):
         return jax.lax.scan(step, all_1U, jnp.array(ids)[:, None])[0]
 
 
-def base_names(tokenizer):
-    """The base tokens in the order of their ids, which BPE leaves them: "Kind_value"."""
-    return np.array(sorted(tokenizer.vocab, key=tokenizer.vocab.get))
-
-
 def base_tokens(tokenizer):
     """What every id stands for: its base tokens, several where BPE has joined them."""
     if not tokenizer.is_trained:
-        return [[name] for name in base_names(tokenizer).tolist()]
+        return [[name] for name in midi_tokenize.base_names(tokenizer)]
     joined = tokenizer._vocab_learned_bytes_to_tokens
     return [joined[tokenizer._model.id_to_token(token)] for token in range(len(tokenizer))]
 
 
 def build_grammar(tokenizer, pitch_classes=range(12)):
     """The grammar of this tokenizer's tokens, without notes of other pitch classes."""
-    names_U = base_names(tokenizer)
+    names_U = np.array(midi_tokenize.base_names(tokenizer))
     kind_U = np.array([name.split("_")[0] for name in names_U])
     special_U, moves_U = np.isin(names_U, tokenizer.special_tokens), np.isin(kind_U, MOVES)
     wrong = [f"Pitch_{pitch}" for pitch in range(128) if pitch % 12 not in pitch_classes]
@@ -543,17 +531,17 @@ def encode_text(score, end, tokenizer, grammar):
     seconds, track = notes_of(score)["time"][-1], score.tracks[0]
     track.notes = [note for note in track.notes if note.pitch != unused or note.time > 0]
     base = midi_tokenize.base_ids(score, tokenizer)
-    names = base_names(tokenizer)[base]
+    names = np.array(midi_tokenize.base_names(tokenizer))[base]
     kinds = [name.split("_")[0] for name in names]
     last, mark = np.flatnonzero(np.array(kinds) == "Pitch")[-2:]
     moves = next(place for place in range(last, mark + 1) if kinds[place] in MOVES or place == mark)
     [given] = midi_tokenize.add_bpe([base[:moves]], tokenizer)
-    ids, first_V = [tokenizer["BOS_None"], *given], True
+    ids, first_V, all_parts = [tokenizer["BOS_None"], *given], True, base_tokens(tokenizer)
     for begun in range(moves, mark):
         missing = names[begun:mark].tolist()
         ids = [tokenizer["BOS_None"], *given, *base[moves:begun].tolist()]
         allowed_V = grammar.allows(jnp.array(ids[-1:]), grammar.after(ids))[0]
-        fits_V = [parts[: len(missing)] == missing for parts in base_tokens(tokenizer)]
+        fits_V = [parts[: len(missing)] == missing for parts in all_parts]
         first_V = np.array(allowed_V) & fits_V
         if first_V.any():
             break

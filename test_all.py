@@ -212,7 +212,7 @@ def timed(*events, form=1, division=480):
     """events: (tick, event bytes) of one track each, in any order."""
     tracks = []
     for track in events:
-        track, now = sorted(track, key=lambda event: event[0]), 0
+        track = sorted(track, key=lambda event: event[0])
         tracks.append([(at - before, data) for (before, _), (at, data) in zip([(0, b""), *track], track)])
     return midi_bytes(*tracks, form=form, division=division)
 

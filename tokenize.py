@@ -91,19 +91,22 @@ class Refused(ValueError):
     """A file, an archive or a setting that cannot be used; the message says why, in one line."""
 
 
+def between(low, high):
+    """What argparse calls a type: a number within limits, of the kind of the upper one."""
+
+    def number(text):
+        if not low <= type(high)(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+        return type(high)(text)
+
+    return number
+
+
 def parse_flags():
     """The knobs, one a line: name, limits, default, meaning."""
 
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         """Shows the description as it is written, and every default."""
-
-    def between(low, high):
-        def number(text):
-            if not low <= type(high)(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
-            return type(high)(text)
-
-        return number
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
@@ -256,9 +259,14 @@ def transposition(tokenizer, semitones):
     return table
 
 
+def base_names(tokenizer):
+    """The base tokens, "Kind_value", in the order of their ids."""
+    return sorted(tokenizer.vocab, key=tokenizer.vocab.get)
+
+
 def grammar(tokenizer):
     """A table [base vocabulary, base vocabulary]: may the second id follow the first?"""
-    kinds = [token.split("_")[0] for token in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
+    kinds = [name.split("_")[0] for name in base_names(tokenizer)]
     graph = tokenizer.tokens_types_graph
     return np.array([[after in graph[kind] for after in kinds] for kind in kinds])
 
@@ -673,7 +681,7 @@ def unpack(archive, folder):
 
 def read_takes(takes, tokenizer, workers, base_path, skipped):
     """Read every file once, its ids going to base_path; return the takes that could be read."""
-    names, follows = sorted(tokenizer.vocab, key=tokenizer.vocab.get), grammar(tokenizer)
+    names, follows = base_names(tokenizer), grammar(tokenizer)
     read, passages, every = {}, 0, 1  # read: what a take's ids hash to -> the first that has them
     paths = [take.path for take in takes]
     answers = in_workers(partial(read_one, tokenizer), paths, workers)
@@ -973,7 +981,8 @@ def main(args):
     lock = filelock.FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        with suppress(NotImplementedError):  # some network drives have no locks
+            lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise Refused(f"--out {out}: another run is writing there") from error
     except OSError as error:

@@ -608,7 +608,8 @@ def draw_curve(path, rows):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), style, label=name)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def introduce(args, data, mesh, model, first):
