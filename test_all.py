@@ -996,7 +996,7 @@ def test_maestro_keeps_its_published_split(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- the data folder
 
-OURS = "meta.json", "train.bin", "val.bin", "tokenizer.json", "skipped.csv"
+OURS = "meta.json", "train.bin", "val.bin", "tokenizer.json", "takes.csv", "skipped.csv"
 
 
 @pytest.mark.parametrize("old", [OURS, OURS[1:], ("val.bin",), ()], ids=len)
@@ -1004,7 +1004,7 @@ OURS = "meta.json", "train.bin", "val.bin", "tokenizer.json", "skipped.csv"
 def test_a_data_folder_is_exchanged_as_a_whole(old, killed, tmp_path):
     """Whichever move fails, the old files are whole; whichever is the last before a kill, the next run mends them."""
     outcomes, replace, settle = set(), os.replace, midi_tokenize.settle
-    for stop in range(12):
+    for stop in range(14):
         out, work, moves = tmp_path / str(stop), tmp_path / str(stop) / ".unfinished", iter(range(99))
         work.mkdir(parents=True)
         for name, folder in [("mine.txt", out), *((name, out) for name in old), *((name, work) for name in OURS)]:
@@ -1289,7 +1289,7 @@ def bench_pieces(files=1_000_000):
         kept += 1
     began = time.monotonic()
     midi_tokenize.find_pieces(takes)
-    midi_tokenize.choose_sides(takes, 0.1, 0)
+    midi_tokenize.choose_sides(takes, {}, 0.1, 0)
     found, used = len({take.piece for take in takes}), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{files:,} files of {kept:,} pieces: {found:,} found; {time.monotonic() - began:.0f} s, {used:.2f} GB at most")
 

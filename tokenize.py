@@ -703,7 +703,7 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
             begin = base.tell() // ids.itemsize
             take.span = slice(begin, begin + len(ids))  # of the file at base_path
             ids.tofile(base)
-            take.tag = int(take.passages.min())
+            take.tag = f"{take.passages.min():016x}"
             take.passages = take.passages[take.passages % every == 0]
             passages += len(take.passages)
             while passages > MAX_PASSAGES:  # keep a half of them, the same for all files
@@ -823,27 +823,41 @@ def set_apart(takes, first=0):
         take.piece, take.tag = number, hashlib.sha256(take.passages).hexdigest()
 
 
-def choose_sides(takes, val_fraction, seed):
-    """Give every take a side, "train" or "val", by a draw from its piece's smallest passage.
+def choose_sides(takes, known, val_fraction, seed):
+    """Give every take the side of its piece, "train" or "val", so that names do not count.
 
-    So names do not count, nor do other pieces. A take that joins a piece moves it only if it has a
-    smaller passage, and then to the other side in one of six cases at most.
-    Where the draws leave a side empty, the nearest piece goes there. A published side stays.
+    A published side stays, and so does that of a piece in the data folder that is replaced (known:
+    tag -> side): what is added moves nothing. Others draw, by the smallest passage of the piece.
     """
-    tags, known = {}, {take.piece: take.side for take in takes if take.side}
+    tags, sides, draws = {}, {}, {}  # of each piece; draws from 0 to 1
     for take in takes:
-        if take.piece not in known:
-            tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
-    draws = {}  # from 0 to 1
+        tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
+        sides[take.piece] = sides.get(take.piece) or known.get(take.tag)
     for piece, tag in tags.items():
         digest = hashlib.sha256(f"{seed} {tag}".encode()).hexdigest()
         draws[piece] = int(digest, 16) / 2**256
-    pieces = sorted(draws, key=draws.get)
-    count = sum(draw <= val_fraction for draw in draws.values())
-    held_out = set(pieces[: min(max(count, 1), len(pieces) - 1)])  # both sides get one
+        sides[piece] = sides[piece] or ("val" if draws[piece] <= val_fraction else "train")
     for take in takes:
-        drawn = "val" if take.piece in held_out else "train"
-        take.side = take.side or known.get(take.piece, drawn)
+        if take.side:
+            sides[take.piece] = take.side
+            draws.pop(take.piece, None)
+    for side, nearest in ("val", min), ("train", max):  # where the draws leave a side empty
+        if draws and side not in sides.values():
+            sides[nearest(draws, key=draws.get)] = side
+    for take in takes:
+        take.side = take.side or sides[take.piece]
+
+
+def known_sides(args):
+    """Tag -> side of all takes in the data folder that is to be replaced, if drawn by one rule."""
+    try:
+        settings = json.loads((args.out / "meta.json").read_bytes())["settings"]
+        if any(settings[name] != getattr(args, name) for name in ("seed", "val_fraction")):
+            return {}
+        with open(args.out / "takes.csv", newline="", encoding="utf-8") as table:
+            return {row["tag"]: row["side"] for row in csv.DictReader(table)}
+    except (OSError, ValueError, KeyError):  # there is none, or not one of ours
+        return {}
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -883,7 +897,7 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
 
 
 # meta.json is the first file to go and the last to come: without it, there is no data folder.
-FILES = "meta.json", "train.bin", "val.bin", "tokenizer.json", "skipped.csv"
+FILES = "meta.json", "train.bin", "val.bin", "tokenizer.json", "takes.csv", "skipped.csv"
 
 
 def put_in_place(work, out):
@@ -914,10 +928,10 @@ def settle(work, out):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_skipped(path, skipped):
-    """The files that were not used, and why. A name may be no UTF-8."""
+def write_table(path, columns, rows):
+    """A .csv file. A file's name in it may be no UTF-8."""
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as table:
-        csv.writer(table).writerows([("file", "reason"), *skipped])
+        csv.writer(table).writerows([columns, *rows])
 
 
 def make_data(args, work):
@@ -936,7 +950,7 @@ def make_data(args, work):
         find_pieces(takes)
     else:  # études have figures in common
         set_apart(takes)
-    choose_sides(takes, args.val_fraction, args.seed)
+    choose_sides(takes, known_sides(args), args.val_fraction, args.seed)
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
     if not train or not val:
         message = "two pieces are needed, one to train on, one to hold out; "
@@ -944,7 +958,7 @@ def make_data(args, work):
         if skipped:
             used = (args.out / "meta.json").exists()  # its own skipped.csv stays
             listed = args.out / ("not used.csv" if used else "skipped.csv")
-            write_skipped(listed, skipped)
+            write_table(listed, ("file", "reason"), skipped)
             message += f" ({': '.join(skipped[0])}; all reasons are in {listed})"
         raise Refused(message)
 
@@ -964,7 +978,9 @@ def make_data(args, work):
     meta["val"] = write_side(work / "val.bin", val, base, tokenizer, 0, dtype)
     meta |= {"settings": vars(args), "skipped": reasons}
     (work / "meta.json").write_text(json.dumps(meta, indent=2, default=str))
-    write_skipped(work / "skipped.csv", skipped)
+    write_table(work / "skipped.csv", ("file", "reason"), skipped)
+    rows = [(take.name, take.piece, take.side, take.tag) for take in takes]
+    write_table(work / "takes.csv", ("file", "piece", "side", "tag"), rows)
     put_in_place(work, args.out)
     pieces = len({take.piece for take in takes})
     print(f"{pieces:,} pieces in {len(takes):,} files (files that share notes are one piece)")
