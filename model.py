@@ -48,21 +48,20 @@ class Config:
             raise Refused(f"dim {self.dim}: must be a multiple of twice the {self.heads} heads")
 
 
-def attention(q_BTHK, k_BSHK, v_BSHK, start=0):
+def attention(q_BHTK, k_BHSK, v_BHSK, start=0):
     """softmax(q k / sqrt(K)) v (Vaswani et al. 2017): each query sees the keys up to its position.
 
     Queries stand at positions start, start + 1, ...; which position a key has, `is_visible` says.
     """
-    T, S, K = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[3]
-    q_BTHK = q_BTHK * K**-0.5
-    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    T, S, K = q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.shape[3]
+    q_BHTK = q_BHTK * K**-0.5
+    scores_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
     scores_BHTS = jnp.where(is_visible(T, S, start), scores_BHTS, -jnp.inf)
     highest_BHT1 = jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True))
     weights_BHTS = jnp.exp(scores_BHTS - highest_BHT1)
-    sums_BTHK = jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(v_BSHK.dtype), v_BSHK)
+    sums_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
     # softmax divides here, after the product, where there is less to divide: 1/7 of a step on CPU
-    total_BTH1 = weights_BHTS.sum(axis=-1).swapaxes(1, 2)[..., None]
-    return (sums_BTHK / total_BTH1).astype(v_BSHK.dtype)
+    return (sums_BHTK / weights_BHTS.sum(axis=-1, keepdims=True)).astype(v_BHSK.dtype)
 
 
 class Attention(eqx.Module):
@@ -87,22 +86,23 @@ class Attention(eqx.Module):
 
     def __call__(self, x_BTD, cache=None, start=0):
         """x [B, T, D] -> as much, and the cache with these tokens' keys and values in it."""
-        cfg, (B, T, D) = self.cfg, x_BTD.shape
-        q_BTHK = (x_BTD @ self.q_DD).reshape(B, T, cfg.heads, -1)
-        k_BTHK = (x_BTD @ self.k_DD).reshape(B, T, cfg.heads, -1)
-        v_BTHK = (x_BTD @ self.v_DD).reshape(B, T, cfg.heads, -1)
+        cfg = self.cfg
+        q_BHTK = split_heads(x_BTD @ self.q_DD, cfg.heads)
+        k_BHTK = split_heads(x_BTD @ self.k_DD, cfg.heads)
+        v_BHTK = split_heads(x_BTD @ self.v_DD, cfg.heads)
         if cfg.qk_norm:
-            sqrt_K = (D // cfg.heads) ** 0.5  # by which attention will divide
-            q_BTHK = normalize(q_BTHK) * (sqrt_K * self.scale_H)[:, None]
-            k_BTHK = normalize(k_BTHK)
+            sqrt_K = q_BHTK.shape[-1] ** 0.5  # by which attention will divide
+            q_BHTK = normalize(q_BHTK) * (sqrt_K * self.scale_H)[:, None, None]
+            k_BHTK = normalize(k_BHTK)
         if cfg.rotary:
-            q_BTHK, k_BTHK = rotate(q_BTHK, start), rotate(k_BTHK, start)
+            q_BHTK, k_BHTK = rotate(q_BHTK, start), rotate(k_BHTK, start)
         if cache is None:
-            mixed_BTHK = causal_attention(q_BTHK, k_BTHK, v_BTHK, cfg.attention)
+            mixed_BHTK = causal_attention(q_BHTK, k_BHTK, v_BHTK, cfg.attention)
         else:
-            cache = extend(cache, k_BTHK, v_BTHK, start)
-            mixed_BTHK = attention(q_BTHK, *cache, start)
-        return mixed_BTHK.reshape(B, T, D) @ self.out_DD + self.out_bias_D, cache
+            cache = extend(cache, k_BHTK, v_BHTK, start)
+            mixed_BHTK = attention(q_BHTK, *cache, start)
+        mixed_BTD = mixed_BHTK.swapaxes(1, 2).reshape(x_BTD.shape)
+        return mixed_BTD @ self.out_DD + self.out_bias_D, cache
 
 
 class MLP(eqx.Module):
@@ -214,21 +214,27 @@ def residual_std(cfg):
     return 0.02 / (2 * cfg.layers) ** 0.5
 
 
+def split_heads(x_BTD, heads):
+    """[B, H, T, K]: head by head, as attention reads them (a cache of tokens by heads: 2 x slower)."""
+    B, T, _ = x_BTD.shape
+    return x_BTD.reshape(B, T, heads, -1).swapaxes(1, 2)
+
+
 def normalize(x):
     """Vectors of length 1 along the last axis."""
     square_sum = jnp.square(x.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(square_sum + 1e-6).astype(x.dtype)
 
 
-def rotate(x_BTHK, start):
+def rotate(x_BHTK, start):
     """Turn pairs of numbers by angles that grow with the position (RoPE, Su et al. 2021)."""
-    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
+    T, K = x_BHTK.shape[2:]
     frequency = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)
-    angle_T1K = jnp.tile((start + jnp.arange(T))[:, None, None] * frequency, 2)
+    angle_TK = jnp.tile((start + jnp.arange(T))[:, None] * frequency, 2)
     # a product turns (a, b) into (-b, a): cutting x in two would take a TPU a fifth of the step
-    quarter_turn_KK = np.kron([[0, 1], [-1, 0]], np.eye(K // 2)).astype(x_BTHK.dtype)
-    turned_BTHK = x_BTHK @ quarter_turn_KK
-    return (x_BTHK * jnp.cos(angle_T1K) + turned_BTHK * jnp.sin(angle_T1K)).astype(x_BTHK.dtype)
+    quarter_turn_KK = np.kron([[0, 1], [-1, 0]], np.eye(K // 2)).astype(x_BHTK.dtype)
+    turned_BHTK = x_BHTK @ quarter_turn_KK
+    return (x_BHTK * jnp.cos(angle_TK) + turned_BHTK * jnp.sin(angle_TK)).astype(x_BHTK.dtype)
 
 
 def hash32(x):
@@ -262,17 +268,17 @@ def dropout(x_BTD, seeds_B, rate):
 
 
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
-    """Room for keys and values of `slots` tokens (a context): one pair [B, S, H, K] a layer."""
-    shape_BSHK = (batch, slots or cfg.context, cfg.heads, cfg.dim // cfg.heads)
-    return [(jnp.zeros(shape_BSHK, dtype), jnp.zeros(shape_BSHK, dtype)) for _ in range(cfg.layers)]
+    """Room for keys and values of `slots` tokens (a context): one pair [B, H, S, K] a layer."""
+    shape_BHSK = (batch, cfg.heads, slots or cfg.context, cfg.dim // cfg.heads)
+    return [(jnp.zeros(shape_BHSK, dtype), jnp.zeros(shape_BHSK, dtype)) for _ in range(cfg.layers)]
 
 
-def extend(cache, k_BTHK, v_BTHK, start):
+def extend(cache, k_BHTK, v_BHTK, start):
     """Write to the cache, a ring: position p stands in slot p % S. No write may pass its end."""
-    k_BSHK, v_BSHK = cache
-    slot = start % k_BSHK.shape[1]
+    k_BHSK, v_BHSK = cache
+    slot = start % k_BHSK.shape[2]
     write = jax.lax.dynamic_update_slice_in_dim
-    return write(k_BSHK, k_BTHK, slot, axis=1), write(v_BSHK, v_BTHK, slot, axis=1)
+    return write(k_BHSK, k_BHTK, slot, axis=2), write(v_BHSK, v_BHTK, slot, axis=2)
 
 
 def is_visible(T, S, start):
@@ -289,40 +295,41 @@ def is_visible(T, S, start):
 # --------------------------------------------------------------------------------- the same, faster
 
 
-def causal_attention(q_BTHK, k_BTHK, v_BTHK, kind):
+def causal_attention(q_BHTK, k_BHTK, v_BHTK, kind):
     """`attention` of a whole window to itself, through the kernel that Config.attention names."""
     if kind == "splash":
-        return splash_attention(q_BTHK, k_BTHK, v_BTHK)
+        return splash_attention(q_BHTK, k_BHTK, v_BHTK)
     if kind == "cudnn":
+        q_BTHK, k_BTHK, v_BTHK = (x.swapaxes(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
         attend = jax.nn.dot_product_attention
-        return attend(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
-    return blocked_attention(q_BTHK, k_BTHK, v_BTHK)
+        mixed_BTHK = attend(q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn")
+        return mixed_BTHK.swapaxes(1, 2)
+    return blocked_attention(q_BHTK, k_BHTK, v_BHTK)
 
 
-def blocked_attention(q_BTHK, k_BTHK, v_BTHK, block=128):
+def blocked_attention(q_BHTK, k_BHTK, v_BHTK, block=128):
     """Queries in blocks, each with the keys up to its end alone: half the work."""
     mixed = []
-    for begin in range(0, q_BTHK.shape[1], block):
+    for begin in range(0, q_BHTK.shape[2], block):
         end = begin + block
-        mixed.append(attention(q_BTHK[:, begin:end], k_BTHK[:, :end], v_BTHK[:, :end], begin))
-    return jnp.concatenate(mixed, axis=1)
+        q_block_BHTK = q_BHTK[:, :, begin:end]
+        mixed.append(attention(q_block_BHTK, k_BHTK[:, :, :end], v_BHTK[:, :, :end], begin))
+    return jnp.concatenate(mixed, axis=2)
 
 
-def splash_attention(q_BTHK, k_BTHK, v_BTHK):
+def splash_attention(q_BHTK, k_BHTK, v_BHTK):
     """The TPU's fused kernel, in blocks that divide T: 0.6 of the step's memory, and faster."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    T, H, K = q_BTHK.shape[1:]
+    H, T, K = q_BHTK.shape[1:]
     block = next(size for size in (1024, 512, 256, 128) if T % size == 0)
     backward = dict(block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True)
     sizes = splash.BlockSizes(block, block, **backward)
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
-    q_BHTK = (q_BTHK / K**0.5).swapaxes(1, 2)
-    k_BHTK, v_BHTK = k_BTHK.swapaxes(1, 2), v_BTHK.swapaxes(1, 2)
     if jax.__version_info__ < (0, 7, 2):  # its kernel wants whole registers
         v_BHTK = jnp.pad(v_BHTK, [(0, 0)] * 3 + [(0, -K % 128)])
-    return jax.vmap(kernel)(q_BHTK, k_BHTK, v_BHTK).swapaxes(1, 2)[..., :K]
+    return jax.vmap(kernel)(q_BHTK / K**0.5, k_BHTK, v_BHTK)[..., :K]
 
 
 # -------------------------------------------------------------------------------------------- files

@@ -523,10 +523,10 @@ def compile_error(kind, device, heads, K):
         return causal_attention(q, k, v, kind).astype(jnp.float32).sum()
 
     here = jax.sharding.SingleDeviceSharding(device)
-    window_BTHK = jax.ShapeDtypeStruct((1, 128, heads, K), jnp.bfloat16, sharding=here)
+    window_BHTK = jax.ShapeDtypeStruct((1, heads, 128, K), jnp.bfloat16, sharding=here)
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     try:
-        gradient.lower(window_BTHK, window_BTHK, window_BTHK).compile()
+        gradient.lower(window_BHTK, window_BHTK, window_BHTK).compile()
     except (RuntimeError, ValueError) as error:  # libtpu or cuDNN is too old, say
         return str(error).splitlines()[0]
 
