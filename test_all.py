@@ -250,8 +250,12 @@ PLAIN = [(0, 60, 0.208), (1, 64, 0.208)]  # of ONE at 120 bpm, on a grid of 1/48
 HELD = [(0, 60, 1.979), (1, 64, 0.979)]  # with the pedal down until tick 1900
 BY_HAND = {  # what it is: (the file, its notes as worked out by hand: onset, pitch, length)
     "no pedal": (timed(ONE), PLAIN),
+    "pedal in a chunk without notes": (timed(ONE, DOWN + UP), HELD),
+    "pedal before the notes' chunk": (timed(DOWN + UP, SLOW, ONE), HELD),
     "pedal behind a program change": (timed(ONE + [(0, b"\xc0\x05")] + DOWN + [(9, b"\xc0\x01")] + UP), HELD),
     "another channel's pedal": (timed(ONE, control(0, 64, 127, 1) + note(0, 9, 30, 1)), [(0, 30, 1.208), *PLAIN]),
+    "which does not lift this one": (timed(ONE, DOWN + UP, control(9, 64, 0, 1) + note(0, 96, 30, 1)), [(0, 30, 0.104), *HELD]),
+    "struck again under the pedal": (timed(ONE + note(480, 99) + DOWN + UP), [(0, 60, 0.5), (0.5, 60, 1.479), HELD[1]]),
     "64 is down, 63 is up": (timed(ONE + control(0, 64, 64) + control(1900, 64, 63)), HELD),
     "121 lifts it, on its own channel": (timed(ONE + DOWN + control(99, 121, 0, 1) + control(1900, 121, 0)), HELD),
     "down and up, twice": (timed(ONE + DOWN + control(480, 64, 0) + control(1000, 64, 99) + UP), [(0, 60, 0.5), HELD[1]]),
@@ -481,6 +485,7 @@ HOSTILE = {  # name -> (bytes, how the reason for skipping it begins; None where
     "bad text": (midi_bytes([(0, b"\xff\x03\x04\xff\xfe\0a"), *GOOD]), None),
     "large": (midi_bytes(GOOD) + bytes(6_000_000), "too large: over"),
     "metre after years": (midi_bytes(GOOD, [(0x0FFFFFFF, b"\xff\x58\x04\4\2\x18\x08")] * 2), None),
+    "metre of billionths": (midi_bytes(GOOD, [(0, b"\xff\x58\x04\4\x1e\x18\x08")]), None),
     "metre of no beats": (midi_bytes(GOOD, [(0, b"\xff\x58\x04\0\2\x18\x08")]), None),
 }  # fmt: skip
 
@@ -900,7 +905,7 @@ MISTAKES = {
     "no file can be there": (["--etudes", "2", "--out", "blocked"], "val.bin"),
     "short flag": (["--etude", "2"], "unknown flag --etude; did you mean --etudes?"),
     "two tokenizers": (["--tokenizer", "t.json", "--beat_res", "8"], "has its own --beat_res"),
-    "tokenizer": (["one", "--tokenizer", "notes.txt"], "notes.txt: not a usable tokenizer"),
+    "no tokenizer": (["one", "--tokenizer", "t.json"], "t.json: not a usable tokenizer"),
     "no server": (["http://127.0.0.1:9/a.zip"], "run again"),
 }
 
