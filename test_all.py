@@ -949,6 +949,8 @@ def test_etudes_are_seeded_varied_and_end_on_the_tonic():
         last = [pitch for start, pitch, *_ in notes if start > notes[-1][0] - 96]
         third = {(pitch - min(last)) % 12 for pitch in last}
         assert third in ({0, 4, 7}, {0, 3, 7}), (seed, last)
+        scale = {0, 2, 4, 5, 7, 9, 11} if 4 in third else {0, 2, 3, 5, 7, 8, 10, 11}
+        assert {(pitch - min(last)) % 12 for _, pitch, *_ in notes} <= scale
         finals.add((min(last) % 12, *third))
         lengths.add(len(notes))
     assert len(finals) >= 12 and len(lengths) >= 30
