@@ -476,7 +476,8 @@ def prepare(score, tokenizer):
     tempos, metres = {0: Tempo(0, 120)}, {}  # by position, so that the last one counts
     if own_beats:
         for events, kept in (score.tempos, tempos), (score.time_signatures, metres):
-            for event in events.copy():
+            for event in events:
+                event = event.copy()
                 event.time = round(event.time * grid / score.ticks_per_quarter)
                 if event.time <= end.max():
                     kept[event.time] = event
