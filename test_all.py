@@ -2909,7 +2909,7 @@ def bench_music(folder, count=32, *words):
     """Figures of a run's pieces, the first draw of each and the best, beside held-out pieces."""
     decoder, tokenizer, facts = sample.load_run(Path(folder))
     grammar, prompt = sample.build_grammar(tokenizer), sample.Prompt([tokenizer["BOS_None"]])
-    _, args = sample.parse_flags(["--num_samples", str(count), *words])
+    _, args = sample.parse_flags([*map(str, ("--num_samples", count, *words))])
     choices, _ = sample.compose(args, decoder, tokenizer, grammar, prompt)
     data = Path(folder).parent / facts["data"]
     known = sample.read_intervals(data, tokenizer, facts["tokenizer_sha256"])
