@@ -2911,7 +2911,7 @@ def bench_music(folder, count=32, *words):
     grammar, prompt = sample.build_grammar(tokenizer), sample.Prompt([tokenizer["BOS_None"]])
     _, args = sample.parse_flags([*map(str, ("--num_samples", count, *words))])
     choices, _ = sample.compose(args, decoder, tokenizer, grammar, prompt)
-    data = Path(folder).parent / facts["data"]
+    data = Path(folder) / facts["data"]
     known = sample.read_intervals(data, tokenizer, facts["tokenizer_sha256"])
 
     def measure(notes, ended, cut=math.nan, copied=math.nan):
