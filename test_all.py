@@ -38,6 +38,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import urllib.request
 import warnings
 import wave
@@ -2658,48 +2659,95 @@ def bench_grammar(folder, wanted=100_000):
         print(f"{name}: {errors} errors in {total:,} tokens ({len(names):,} before BPE)")
 
 
-def bench_music(folder, count=32, *words):
-    """Figures of a run's pieces, the first draw of each and the best, beside held-out pieces."""
+def measure(notes, piece):
+    """Figures of a piece: how long it lasts, how it sounds (MusPy, Dong et al. 2020), what it lacks.
+
+    Entropy of pitch classes is in bits, polyphony the number of notes that sound while any does.
+    Groove is 1 - the share of sixteenths, of bars of 2 s, on which one of two neighbouring bars has
+    an onset and the other none. A bar recurs if all its notes have stood in an earlier one alike.
+    """
+    start = notes["time"] - notes["time"][0]
+    end, pitch = start + notes["duration"], notes["pitch"]
+    share = np.bincount(pitch % 12, minlength=12) / len(pitch)
+    pauses = (start[1:] - np.maximum.accumulate(end)[:-1]).clip(0)
+    sixteenths = (8 * start + 0.5).astype(int)
+    struck = np.zeros((sixteenths[-1] // 16 + 2, 16), bool)
+    struck.flat[sixteenths] = True
+    bars = defaultdict(set)
+    for place, key in zip(sixteenths.tolist(), pitch.tolist()):
+        bars[place // 16].add((place % 16, key))
+    recurring = len(bars) - len(set(map(frozenset, bars.values())))
+    near = np.abs(np.subtract.outer(pitch.astype(int), pitch)) == 1
+    together = np.minimum.outer(end, end) - np.maximum.outer(start, start) > 0.1
+    tonic, mode = sample.find_key({key: column[start < 30] for key, column in notes.items()})
+    outside = ~np.isin((pitch - tonic) % 12, sample.KEYS[mode][1])
+    is_late, figures = start >= 60, piece.figures
+    return {
+        "ends on a long tonic chord": "tonic" in figures["chosen"],
+        "cut": piece.cut,
+        "seconds": end.max(),
+        "not in the opening key": outside.mean(),
+        "not in it after 60 s": outside[is_late].mean() if is_late.any() else math.nan,
+        "longest loop, s": sample.longest_loop(notes),
+        "bars that recur": recurring / len(bars),
+        "strikes of a key within 0.4 s": sample.most_strikes(notes),
+        "notes that clash by a semitone": (near & together).any(axis=1).mean(),
+        "longest silence, s": pauses.max(initial=0),
+        "longest copy, share": float(figures.get("longest copy", "nan").split()[0]) / len(start),
+        "pitch-class entropy": -sum(p * np.log2(p) for p in share if p > 0),
+        "polyphony": (end - start).sum() / (end.max() - pauses.sum()),
+        "notes a second": len(start) / end.max(),
+        "groove": 1 - (struck[1:] != struck[:-1]).mean(),
+    }
+
+
+def overlap(a, b):
+    """Of the densities of two lists of numbers, 0 to 1 (Yang & Lerch 2020), by Gaussian kernels."""
+    both = np.concatenate([a, b])
+    width = both.std() * len(both) ** -0.2 + 1e-9  # Scott's rule
+    grid = np.linspace(both.min() - 4 * width, both.max() + 4 * width, 1000)
+    bells = [np.exp(-(((grid - x[:, None]) / width) ** 2) / 2).mean(axis=0) for x in (a, b)]
+    return np.minimum(*bells).sum() / bells[0].sum()
+
+
+def bench_music(folder, *flags):
+    """A table of a run's pieces, the first draw of each and the best, beside held-out pieces.
+
+    Each figure as mean, median and most of all pieces, and its overlap with that of held-out ones.
+    """
     decoder, tokenizer, facts = sample.load_run(Path(folder))
     grammar, prompt = sample.build_grammar(tokenizer), sample.Prompt([tokenizer["BOS_None"]])
-    _, args = sample.parse_flags([*map(str, ("--num_samples", count, *words))])
+    _, args = sample.parse_flags([str(flag) for flag in flags or ("--num_samples", 32)])
     choices, _ = sample.compose(args, decoder, tokenizer, grammar, prompt)
     data = Path(folder) / facts["data"]
     known = sample.read_intervals(data, tokenizer, facts["tokenizer_sha256"])
-
-    def measure(notes, ended, cut=math.nan, copied=math.nan):
-        onset = notes["time"] - notes["time"][0]
-        tonic, mode = sample.find_key({key: column[onset < 30] for key, column in notes.items()})
-        late = notes["pitch"][onset >= 60]
-        outside = ~np.isin((late - tonic) % 12, sample.KEYS[mode][1])
-        return {
-            "ends on a long tonic chord": "tonic" in sample.judge(notes, 0, ended)[1]["chosen"],
-            "not in the opening key after 60 s": outside.mean() if len(late) else math.nan,
-            "cut": cut,
-            "longest loop, s": sample.longest_loop(notes),
-            "longest copy, share": copied / len(onset),
-            "seconds": (onset + notes["duration"]).max(),
-        }
-
-    val = np.fromfile(data / "val.bin", read_meta(data)["dtype"])
-    pieces = np.split(val, np.flatnonzero(val == tokenizer["BOS_None"])[1:])[:64]
-    scores = [sample.to_score(ids.tolist(), tokenizer) for ids in pieces]
-    columns = {"held out": [measure(sample.notes_of(score), True) for score in scores]}
+    ids = np.fromfile(data / "val.bin", read_meta(data)["dtype"])
+    held_out = []
+    for piece in np.split(ids, np.flatnonzero(ids == tokenizer["BOS_None"])[1:])[:64]:
+        score, is_whole = sample.to_score(piece.tolist(), tokenizer), True
+        if args.seconds:
+            count = np.searchsorted(sample.notes_of(score)["time"], args.seconds)
+            is_whole = count == score.note_num()
+            score = sample.first_notes(score, count)
+        notes = sample.notes_of(score)
+        figures = sample.judge(notes, 0, is_whole)[1]
+        held_out.append(measure(notes, types.SimpleNamespace(figures=figures, cut=False)))
+    columns = {"held out": held_out}
     for name, most in (("one draw", 1), (f"best of {args.best_of}", args.best_of)):
-        columns[name] = []
-        for pieces in choices.values():
-            piece = sample.choose(pieces[:most], known)
-            copied = float(piece.figures.get("longest copy", "nan").split()[0])
-            ended = "ends by itself" in piece.figures["chosen"]
-            columns[name].append(measure(piece.notes, ended, piece.cut, copied))
-    print(f"{'mean, median, most':36s}", *(f"{name:>20s}" for name in columns))
-    for figure in columns["held out"][0]:
-        texts = []
+        best = [sample.choose(pieces[:most], known) for pieces in choices.values()]
+        columns[name] = [measure(piece.notes, piece) for piece in best]
+    print(f"{'mean, median, most (overlap)':30s}", *(f"{name:>27s}" for name in columns))
+    for figure in held_out[0]:
+        texts, first = [], None
         for rows in columns.values():
             numbers = np.array([row[figure] for row in rows], float)
-            three = np.nanmean(numbers), np.nanmedian(numbers), np.nanmax(numbers)
-            texts.append("{:.3f} {:.2f} {:.2f}".format(*three))
-        print(f"{figure:36s}", *(f"{text:>20s}" for text in texts))
+            numbers, text = numbers[np.isfinite(numbers)], "-"
+            first = numbers if first is None else first
+            if numbers.size:
+                text = f"{numbers.mean():.3f} {np.median(numbers):.2f} {numbers.max():.2f}"
+                text += f" ({overlap(first, numbers):.2f})" if first.size else ""
+            texts.append(text)
+        print(f"{figure:30s}", *(f"{text:>27s}" for text in texts))
 
 
 # ---------------------------------------------------------------- the whole pipeline
