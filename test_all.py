@@ -1533,7 +1533,7 @@ def wait_for_change(path, process=None):
         time.sleep(0.002)
 
 
-DEFAULT = "--learning_rate", 3e-3, "--steps", 400, "--eval_every", 200  # compiled once for all
+DEFAULT = "--learning_rate", 3e-3, "--steps", 600, "--eval_every", 300  # compiled once for all
 MUON = "--recipe", "modern", "--no-qk_norm", "--warmup", 0, "--dropout", 0.1, "--eval_every", 4
 
 
@@ -1591,8 +1591,8 @@ def test_killed_or_stopped_and_resumed_it_is_the_uninterrupted_run(markov, train
     rng, words = np.random.default_rng(), ["--data", markov, *DEFAULT]
     polite = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     for number in 10 * [signal.SIGKILL] + polite:
-        save_every = 1000 if number in polite else 1
-        process = start_train("--run", tmp_path, *words, "--save_every", save_every)
+        often = "--log_every" if number in polite else "--save_every"
+        process = start_train("--run", tmp_path, *words, "--save_every", 1000, often, 1)
         wait_for_change(tmp_path / "log.csv", process)
         if number == signal.SIGKILL:
             time.sleep(rng.uniform(0, 0.05))
@@ -1615,7 +1615,7 @@ def test_max_hours_saves_and_ends_in_time(markov, tmp_path, capsys, monkeypatch)
     run_train("--data", markov, "--run", tmp_path, *DEFAULT, *flags)
     assert next(clock) - began < 1800
     assert "stopped by --max_hours" in capsys.readouterr().out
-    assert model.load(tmp_path / "last.ckpt")[1]["step"] == max(log_of(tmp_path)) < 400
+    assert model.load(tmp_path / "last.ckpt")[1]["step"] == max(log_of(tmp_path)) < 600
 
 
 def age_checkpoint(path, field, scale=1):
@@ -1654,11 +1654,11 @@ def test_a_run_writes_what_it_promises(markov, trained, capsys):
     assert {path.name for path in trained.glob("[!.]*")} == names
     assert (trained / "tokenizer.json").read_bytes() == (markov / "tokenizer.json").read_bytes()
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list(log_of(trained)) == list(range(20, 401, 20))
+    assert list(log_of(trained)) == list(range(20, 601, 20))
     nats = log_of(trained, "val_nats_per_note")
-    assert list(nats) == [200, 400]
+    assert list(nats) == [300, 600]
     run_train("--run", trained, "--resume")  # nothing is left to do: it only reports
-    assert f"final: val_nats_per_note={nats[400]:.4f}" in capsys.readouterr().out
+    assert f"final: val_nats_per_note={nats[600]:.4f}" in capsys.readouterr().out
 
 
 def test_evaluation_is_the_plain_mean_over_every_token_of_every_held_out_piece(markov, trained):
