@@ -676,7 +676,7 @@ def judge(notes, given, ended):
 
     - one if it came to an end by itself,
     - two more if that is a long chord on the tonic of the key that it began in,
-    - one if its new notes (all but the first `given`) go on for 30 s,
+    - one if its new notes (all but the first `given`) go on for 30 to 90 s,
     - one if it never repeats a figure for over 8 s, or strikes a key over 32 times running,
     - one if it is never silent for 2 s,
     - half a one for each tenth of its new notes that are in that key.
@@ -686,7 +686,7 @@ def judge(notes, given, ended):
     in_key = np.isin((pitch[given:] - tonic) % 12, KEYS[mode][1]).mean()
     bass = pitch[end > onset[-1]].min()  # of all that sounds with the last note
     home = ended and bass % 12 == tonic and end.max() - onset[-1] >= 1
-    lasts = onset[-1] - onset[given] >= 30
+    lasts = 30 <= onset[-1] - onset[given] <= 90
     loop, strikes = longest_loop(notes), most_strikes(notes)
     silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
     points = ended + 2 * home + lasts + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key

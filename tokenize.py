@@ -116,7 +116,7 @@ def parse_flags():
     flag("--out", type=Path, default=Path("data"), help="folder to write")
     flag("--transpose", type=between(0, 24), default=0, help="copies in other keys, in semitones")
     flag("--val_fraction", type=between(0, 0.99), default=0.1, help="share of pieces to hold out")
-    flag("--etudes", type=between(2, 10**6), default=2000, help="to compose if no SOURCE is named")
+    flag("--etudes", type=between(2, 10**6), default=3000, help="to compose if no SOURCE is named")
     flag("--workers", type=between(1, 1000), default=cores, help="processes that read files")
     flag("--seed", type=int, default=0, help="draws the études and the held-out pieces")
     flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, in place of all that follow")
@@ -1065,8 +1065,8 @@ def compose(seed):
             cadence = dice.choice(CADENCES[waltz].split())
             yield from zip(dice.choice(progression), (a, a, b, cadence), [figure] * 4)
 
-    first, second = list(section(QUESTIONS, ANSWERS)), list(section(ELSEWHERE, QUESTIONS))
-    form = first + second + first if bar_seconds == 4 else first + first + second + first
+    first, second = list(section(QUESTIONS, ANSWERS)), list(section(ELSEWHERE))
+    form = first + second + first[4:]  # rounded binary: question, answer, contrast, answer
     form.append((0, "0", "B", "C"))  # the last chord
 
     def tick(bar):
