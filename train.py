@@ -133,6 +133,7 @@ def parse_flags(argv, devices):
     size = typed.size or ("tiny" if devices[0].platform == "cpu" else "base")
     preset = {"size": size} | SIZES[size] | RECIPES[typed.recipe]
     preset["precision"] = "bfloat16" if computes_in_bfloat16(devices[0]) else "float32"
+    preset["batch_size"] = max(preset["batch_size"], len(devices))  # a window for each at least
     decided, facts = {}, None
     source = f"{typed.run}/last.ckpt" if typed.resume else typed.init_from
     if source:
