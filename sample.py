@@ -676,8 +676,8 @@ def judge(notes, given, ended):
 
     - one if it came to an end by itself,
     - two more if that is a long chord on the tonic of the key that it began in,
-    - one if its new notes (all but the first `given`) go on for 30 to 90 s,
-    - one if it never repeats a figure for over 8 s, or strikes a key over 32 times running,
+    - two if its new notes (all but the first `given`) go on for 30 to 90 s,
+    - one if it never repeats a figure for over 8 s, or strikes a key over 12 times running,
     - one if it is never silent for 2 s,
     - half a one for each tenth of its new notes that are in that key.
     """
@@ -689,13 +689,15 @@ def judge(notes, given, ended):
     lasts = 30 <= onset[-1] - onset[given] <= 90
     loop, strikes = longest_loop(notes), most_strikes(notes)
     silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
-    points = ended + 2 * home + lasts + (loop <= 8 and strikes <= 32) + (silence < 2) + 5 * in_key
+    points = ended + 2 * home + 2 * lasts + 5 * in_key
+    points += loop <= 8 and strikes <= 12
+    points += silence < 2
     says = {
         "does not come to an end": not ended,
         "ends by itself": ended and not home,
         "ends by itself, on a long chord on the tonic": home,
         f"repeats a figure for {loop:.0f} s": loop > 8,
-        f"strikes a key {strikes} times running": strikes > 32,
+        f"strikes a key {strikes} times running": strikes > 12,
         f"is silent for {silence:.0f} s": silence >= 2,
     }
     words = [words for words, true in says.items() if true]
