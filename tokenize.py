@@ -84,7 +84,7 @@ DATASETS = {
 MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
 MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
 BPE_NOTES = 2_500_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
-MAX_PASSAGES = 15_000_000  # kept in memory, of all files together
+MAX_PASSAGES = 14_000_000  # kept in memory, of all files together
 
 
 class Refused(ValueError):
@@ -704,7 +704,7 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
             begin = base.tell() // ids.itemsize
             take.span = slice(begin, begin + len(ids))  # of the file at base_path
             ids.tofile(base)
-            take.tag = f"{take.passages.min():016x}"
+            take.tag = int(take.passages.min())
             take.passages = take.passages[take.passages % every == 0]
             passages += len(take.passages)
             while passages > MAX_PASSAGES:  # keep a half of them, the same for all files
@@ -821,7 +821,8 @@ def find_pieces(takes):
 def set_apart(takes, first=0):
     """Let every file be a piece, numbered from `first` on."""
     for number, take in enumerate(takes, first):
-        take.piece, take.tag = number, hashlib.sha256(take.passages).hexdigest()
+        digest = hashlib.sha256(take.passages).hexdigest()
+        take.piece, take.tag = number, int(digest[:16], 16)
 
 
 def choose_sides(takes, known, val_fraction, seed):
@@ -856,7 +857,7 @@ def known_sides(args):
         if any(settings[name] != getattr(args, name) for name in ("seed", "val_fraction")):
             return {}
         with open(args.out / "takes.csv", newline="", encoding="utf-8") as table:
-            return {row["tag"]: row["side"] for row in csv.DictReader(table)}
+            return {int(row["tag"]): row["side"] for row in csv.DictReader(table)}
     except (OSError, ValueError, KeyError):  # there is none, or not one of ours
         return {}
 
