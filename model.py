@@ -215,7 +215,7 @@ def residual_std(cfg):
 
 
 def split_heads(x_BTD, heads):
-    """[B, H, T, K]: head by head, as attention reads them (a cache of tokens by heads: 2 x slower)."""
+    """[B, H, T, K]: head by head, as attention reads them (a cache token by token: 2 x slower)."""
     B, T, _ = x_BTD.shape
     return x_BTD.reshape(B, T, heads, -1).swapaxes(1, 2)
 

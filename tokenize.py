@@ -858,7 +858,7 @@ def known_sides(args):
             return {}
         with open(args.out / "takes.csv", newline="", encoding="utf-8") as table:
             return {int(row["tag"]): row["side"] for row in csv.DictReader(table)}
-    except (OSError, ValueError, KeyError):  # there is none, or not one of ours
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or not one of ours
         return {}
 
 
