@@ -2021,7 +2021,7 @@ def test_sample_seed_decides_the_music_and_all_compiles_before_the_count(monkeyp
         assert 0 < before[-1] == len(compiled)
         return made
 
-    warm = pieces((11, 1.0), (11, 1.0, 1), (11, 1.0, 2), (11, 0.8), (255, 1.0))
+    warm = pieces((11, 1.0), (11, 1.0, 1), (11, 1.0, 2), (11, 0.2), (255, 1.0))
     cold = pieces((1, 0.0), (2, 0.0), (0, 1.3), (11, 1.0), (7, 1.0))
     assert warm[0] == cold[3] == pieces((11, 1.0))[0]
     assert cold[0] == cold[1]  # at temperature 0 no seed matters
