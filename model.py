@@ -6,7 +6,7 @@
     logits, _ = model(tokens)        # integers [B, T] -> float32 [B, T, V]
 
 Names of arrays end in their shape where it changes:
-    B batch   T tokens   S cached tokens   D width   H heads   K head size (D = H K)   F = 4 D
+    B batch   T tokens   S keys (of a cache)   D width   H heads   K head size (D = H K)   F = 4 D
     V vocabulary
 """
 
@@ -60,12 +60,12 @@ def attention(q_BHTK, k_BHSK, v_BHSK, start=0):
     highest_BHT1 = jax.lax.stop_gradient(scores_BHTS.max(axis=-1, keepdims=True))
     weights_BHTS = jnp.exp(scores_BHTS - highest_BHT1)
     sums_BHTK = jnp.einsum("bhts,bhsk->bhtk", weights_BHTS.astype(v_BHSK.dtype), v_BHSK)
-    # softmax divides here, after the product, where there is less to divide: 1/7 of a step on CPU
+    # softmax's division, after the product: T K numbers instead of T S, 1/7 of a step on CPU
     return (sums_BHTK / weights_BHTS.sum(axis=-1, keepdims=True)).astype(v_BHSK.dtype)
 
 
 class Attention(eqx.Module):
-    """Every token asks the ones before it, in H ways at once."""
+    """Every token looks at itself and those before it, in H ways at once."""
 
     q_DD: jax.Array  # no bias on queries, keys and values
     k_DD: jax.Array

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from miditok.constants import CHORD_MAPS
 from miditok.utils import get_bars_ticks
-from symusic import ControlChange, Note, Score, Tempo, Track
+from symusic import ControlChange, Note, Pedal, Score, Tempo, Track
 from tqdm import tqdm
 
 from model import Config, Decoder, Refused, atomic_write, empty_cache, load
@@ -64,6 +64,8 @@ def parse_flags(words=None):
     """The knobs, one a line: name, limits, default, meaning. -> parser, flags."""
 
     between = midi_tokenize.between
+    share, count, warmth = between(0, 1.0), between(1, 10**6), between(0, 100.0)
+    amount, moment, seed = between(0, 10**6), between(0.01, 1e6), between(0, 2**32 - 1)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
     )
@@ -74,26 +76,25 @@ def parse_flags(words=None):
 
     flag = parser.add_argument_group("prompt: how pieces begin (else: out of nothing)").add_argument
     flag("--prompt", type=Path, metavar="FILE.mid", help="a MIDI file; the next three cut it")
-    flag("--prompt_tokens", type=int, metavar="N", help="only its first N tokens")
-    flag("--prompt_seconds", type=float, metavar="S", help="only its first S seconds")
-    flag("--prompt_bars", type=int, metavar="N", help="only its first N bars")
+    flag("--prompt_tokens", type=count, metavar="N", help="only its first N tokens")
+    flag("--prompt_seconds", type=moment, metavar="S", help="only its first S seconds")
+    flag("--prompt_bars", type=count, metavar="N", help="only its first N bars")
     flag("--chords", help=f'with lengths in beats, or 2: "Dm7 G7 C:4"; C{" C".join(CHORDS)}')
     flag("--scale", help=f'one octave upwards: "D minor"; {" ".join(SCALES)}')
     flag("--motif", help='notes with beats, or 1; R rests: "E5:.5 D#5:.5 R [C4,E4]:2"')
-    flag("--bpm", type=between(10, 500.0), default=90, help="beats a minute of these three")
+    flag("--bpm", type=between(15, 480.0), default=90, help="beats a minute of these three")
 
     flag = parser.add_argument_group("sampling").add_argument
-    flag("--seeds", type=int, nargs="+", default=[0, 11, 255, 777], help="one piece each")
-    flag("--num_samples", type=int, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    share, count, warmth = between(0, 1.0), between(1, 10**6), between(0, 100.0)
+    flag("--seeds", type=seed, nargs="+", default=[0, 11, 255, 777], help="one piece each")
+    flag("--num_samples", type=count, metavar="N", help="instead of --seeds: seeds 0 to N-1")
     flag("--temperatures", type=warmth, nargs="+", default=[1.0], help="each with each seed")
     flag("--best_of", type=count, default=8, metavar="N", help="draw N for each, keep the best")
-    flag("--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
+    flag("--top_k", type=amount, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
     flag("--top_p", type=share, default=0.9, metavar="P", help="only the likeliest that sum to P")
     flag("--min_p", type=share, default=0.0, metavar="P", help="none under P x the likeliest")
     flag("--max_tokens", type=count, default=2000, metavar="N", help="of new music, at the most")
-    flag("--min_tokens", type=int, default=100, metavar="N", help="before a piece may end")
-    flag("--seconds", type=float, help="of new music, at the most")
+    flag("--min_tokens", type=amount, default=100, metavar="N", help="before a piece may end")
+    flag("--seconds", type=moment, help="of new music, at the most")
     flag("--window_drop", type=int, metavar="N", help="tokens forgotten when the context is full "
          "(half of it; with rotary positions always 1)")  # fmt: skip
     flag("--scale_lock", metavar="SCALE", help='new notes from this scale only: "D minor"')
@@ -264,7 +265,8 @@ def generate(model, grammar, prompt, draws, settings, is_enough=None):
             tokens_BN = np.array(music.tokens_BN)
             bar.update(np.count_nonzero(tokens_BN[:, length - steps : length] != eos))
             if is_enough:
-                stops_B = [is_enough(row[:length].tolist()) for row in tokens_BN]
+                # EOS takes the place of the last token, so this must not be what is enough
+                stops_B = [is_enough(row[: length - 1].tolist()) for row in tokens_BN]
                 tokens_BN[stops_B, length - 1] = eos
                 music = music._replace(tokens_BN=jnp.array(tokens_BN))
         bar.total = bar.n  # pieces may end early
@@ -443,11 +445,14 @@ def file_ids(args, tokenizer):
             bar_lines = [*get_bars_ticks(score), score.end()]
         except ArithmeticError as error:
             raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
-        score = score.clip(0, bar_lines[: args.prompt_bars + 1][-1])
+        bar_line = bar_lines[: args.prompt_bars + 1][-1]
+        for track in score.tracks:  # whose pedal goes on: it holds notes across the bar line
+            track.notes = [note for note in track.notes if note.time < bar_line]
     score = midi_tokenize.prepare(score, tokenizer)
+    count = score.note_num()
     if args.prompt_seconds:
-        count = np.searchsorted(notes_of(score)["time"], args.prompt_seconds)
-        score = first_notes(score, max(1, count))
+        count = max(1, np.searchsorted(notes_of(score)["time"], args.prompt_seconds))
+    score = first_notes(score, count)
     return midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
 
 
@@ -490,8 +495,9 @@ def read_words(text, parse, usual, bpm):
     for word in text.split():
         name, _, length = word.partition(":")
         beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
-        if not 0.01 <= beats <= bpm / 7.5:  # tokens hold 16 beats at 120 bpm
-            raise Refused(f"{word!r}: at --bpm {bpm:g}, 0.01 to {bpm / 7.5:.3g} beats are possible")
+        most = min(16, bpm / 7.5)  # that tokens hold: 16 beats, or 8 seconds
+        if not 0.01 <= beats <= most:
+            raise Refused(f"{word!r}: at --bpm {bpm:g}, 0.01 to {most:.3g} beats are possible")
         words.append((parse(name), beats))
     return words
 
@@ -521,10 +527,14 @@ def text_to_score(args):
 def encode_text(score, end, tokenizer, grammar):
     """A Score and its end in ticks -> its Prompt: new music begins at the end, after any rest.
 
-    A key that it does not use is struck at either end: the first keeps a rest at the beginning, and
-    tokens that move on to the second are known. The last of these are left to the first new token,
-    in which BPE may have joined them with a note: in training data they seldom stand alone.
+    Tokens only say when notes begin, so an unused key is struck at the end: the moves to it, Bar
+    and Position, are left to the first new token, in which BPE may have joined them with a note.
+    In training data they seldom stand alone. Only where no token begins with all of them, the
+    first ones are given. The same key, struck at the begin, keeps a rest there.
     """
+    grid = tokenizer.config.max_num_pos_per_beat
+    step = score.ticks_per_quarter / grid * max(1, score.tempos[0].qpm / 120)  # of the grid
+    end = max(end, math.ceil(step))
     unused = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
     score.tracks[0].notes.extend([Note(0, 1, unused, 64), Note(end, 1, unused, 64)])
     score = midi_tokenize.prepare(score, tokenizer)
@@ -555,9 +565,10 @@ def to_score(ids, tokenizer):
     """Ids -> Score whose notes end before their key is struck again; Refused if there are none."""
     decoded = pedal_to_controls(tokenizer.decode([ids]))
     score = midi_tokenize.prepare(decoded, tokenizer)
-    begin = decoded.tracks[0].notes.numpy()["time"].min()
+    begin = int(decoded.tracks[0].notes.numpy()["time"].min())
+    begin = begin * score.ticks_per_quarter // decoded.ticks_per_quarter
     # prepare may let a piece begin at once: put back the rest before its first note
-    score.tracks[0].shift_time(int(begin) - score.tracks[0].notes[0].time, inplace=True)
+    score.tracks[0].shift_time(begin - score.tracks[0].notes[0].time, inplace=True)
     return score
 
 
@@ -619,12 +630,15 @@ def finish(draw, ids, prompt, seconds, tokenizer):
 
 
 def without_prompt(piece):
-    """The Piece as if it began with its new notes."""
-    begin = piece.score.tracks[0].notes[piece.given].time
-    score = piece.score.clip(begin, piece.score.end() + 1)
-    score.tracks[0].notes = piece.score.tracks[0].notes[piece.given :]
-    score.tracks[0].shift_time(-begin, inplace=True)
-    return piece._replace(score=score, given=0)
+    """The Piece as if it began with its new notes, in the tempo, metre and pedal of that moment."""
+    whole = piece.score.tracks[0]
+    begin = whole.notes[piece.given].time
+    score = piece.score.clip(begin, piece.score.end() + 1)  # has tempo and metre at its begin
+    score.tracks[0].notes = whole.notes[piece.given :]
+    for pedal in whole.pedals:
+        if pedal.time < begin < pedal.end:
+            score.tracks[0].pedals.insert(0, Pedal(begin, pedal.end - begin))
+    return piece._replace(score=score.shift_time(-begin), given=0)
 
 
 def bar_seconds(score):
@@ -677,7 +691,8 @@ def judge(notes, given, ended):
     - one if it came to an end by itself,
     - two more if that is a long chord on the tonic of the key that it began in,
     - two if its new notes (all but the first `given`) go on for 30 to 90 s,
-    - one if it never repeats a figure for over 8 s, or strikes a key over 12 times running,
+    - two if it never repeats a figure for over 8 s (one at 16 s),
+    - two if it never strikes a key over 12 times running (one at 24),
     - one if it is never silent for 2 s,
     - half a one for each tenth of its new notes that are in that key.
     """
@@ -687,11 +702,12 @@ def judge(notes, given, ended):
     bass = pitch[end > onset[-1]].min()  # of all that sounds with the last note
     home = ended and bass % 12 == tonic and end.max() - onset[-1] >= 1
     lasts = 30 <= onset[-1] - onset[given] <= 90
-    loop, strikes = longest_loop(notes), most_strikes(notes)
-    silence = (onset[1:] - np.maximum.accumulate(end)[:-1]).max(initial=0)
+    new = {name: column[given:] for name, column in notes.items()}
+    loop, strikes = longest_loop(new), most_strikes(new)
+    silences = onset[1:] - np.maximum.accumulate(end)[:-1]
+    silence = silences[max(0, given - 1) :].max(initial=0)
     points = ended + 2 * home + 2 * lasts + 5 * in_key
-    points += loop <= 8 and strikes <= 12
-    points += silence < 2
+    points += 2 * 8 / max(loop, 8) + 2 * 12 / max(strikes, 12) + (silence < 2)
     says = {
         "does not come to an end": not ended,
         "ends by itself": ended and not home,
@@ -750,7 +766,8 @@ def read_intervals(folder, tokenizer, tokenizer_sha256):
     meta = folder / "meta.json"
     facts = json.loads(meta.read_text()) if meta.exists() else {}
     if facts.get("tokenizer_sha256") != tokenizer_sha256:
-        print(f"{folder}: not the training data, so no look for copies; name it with --data")
+        named = os.path.normpath(folder)
+        print(f"{named}: not the training data, so no look for copies; name it with --data")
         return None
     pitches_V = []
     for names in base_tokens(tokenizer):

@@ -288,6 +288,21 @@ def test_what_a_file_says_is_heard(name, tmp_path):
     np.testing.assert_allclose(heard, sorted(expected), atol=0.011)
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_that_was_cut_or_is_too_large_is_refused(pack, tmp_path, monkeypatch):
+    """But not where a track may just never have been."""
+    path, data = tmp_path / "a.mid", timed(ONE, note(0, 99, 40, 1))
+    for size in {*range(len(data))} - {data.index(b"MTrk"), data.rindex(b"MTrk")}:
+        path.write_bytes(pack(data[:size]))
+        with pytest.raises(T.Refused, match="not a whole MIDI file"):
+            T.read_midi(path)
+    path.write_bytes(pack(data + bytes(1000)))
+    assert T.read_midi(path).note_num() == 3
+    monkeypatch.setattr(T, "MAX_BYTES", 999)
+    with pytest.raises(T.Refused, match="too large"):
+        T.read_midi(path)
+
+
 def mido_notes(data):
     """What another reader reads, pedals aside: (onset, pitch, length, velocity), in seconds."""
     mido = pytest.importorskip("mido")
@@ -432,6 +447,9 @@ def test_a_first_metre_after_the_start_counts_from_there(tmp_path):
     assert get_bars_ticks(score) == [0, *range(4 * 480, 12 * 480 - 80, 2 * 480)]
     names = [tokenizer[index] for index in T.encode(T.prepare(score, tokenizer), tokenizer)]
     assert [name for name in names if "TimeSig" in name] == ["TimeSig_4/4"] + 4 * ["TimeSig_2/4"]
+    score.time_signatures[-1].numerator = 9
+    with pytest.raises(T.Refused, match="its metre 9/4"):
+        T.prepare(score, tokenizer)
 
 
 def test_the_silence_before_a_performance_is_cut_and_a_score_keeps_its_bars():
@@ -1584,6 +1602,10 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys):
         (["--heads", 5], "multiple of twice the 5 heads"),
         (["--attention", "cudnn"], "allow xla"),
         (["--batch_size", 7, "--accumulate", 2], "the nearest that does is 8"),
+        (["--heads", 0], "at least 1"),
+        (["--accumulate", 0], "at least 1"),
+        (["--dropout", 1], "less than 1"),
+        (["--multihost", "host:1234,2"], "HOST:PORT,N,I"),
         (["--lerning_rate", 1], "did you mean --learning_rate?"),
         (["--resume", "--init_from", best], "choose one"),
         (["--resume"], "no such checkpoint"),
@@ -1867,6 +1889,38 @@ def test_sample_goes_on_exactly_where_a_text_ends_and_in_the_scale(tmp_path, sam
             assert {pitch % 12 for pitch in notes["pitch"][2:].tolist()} <= {0, 2, 4, 5, 7, 9, 11}
 
 
+def test_sample_the_shortest_motif_is_a_prompt(remi):
+    for tokenizer in (remi, all_tokens()):
+        for bpm in ("15", "90", "480"):
+            _, args = sample.parse_flags(["--motif", "C4:.01", "--bpm", bpm])
+            prompt = sample.read_prompt(args, tokenizer, sample.build_grammar(tokenizer))
+            assert prompt.notes == 1 and prompt.seconds > 0
+
+
+def test_sample_a_rest_at_the_start_stays_in_any_metre():
+    notes = [(48 * beat, 40, 60 + beat, 80) for beat in (2, 3, 9)]
+    score, tokenizer = make_score(notes, ticks=48, metre=[(0, 6, 8)]), all_tokens()
+    ids = midi_tokenize.encode(midi_tokenize.prepare(score, tokenizer), tokenizer)
+    onsets = sample.notes_of(sample.to_score(ids, tokenizer))["time"]
+    np.testing.assert_allclose(onsets, [1, 1.5, 4.5], rtol=0.03)  # tempos are 3 % apart
+
+
+def test_sample_new_notes_alone_keep_their_tempo_metre_and_pedal():
+    tokenizer, notes = all_tokens(), [(480 * beat, 400, 60 + beat, 80) for beat in range(12)]
+    score = make_score(notes, tempos=[(0, 60)], metre=[(0, 3, 4)])
+    score.tracks[0].controls.extend([T.ControlChange(960, 64, 127), T.ControlChange(3120, 64, 0)])
+    ids = midi_tokenize.encode(midi_tokenize.prepare(score, tokenizer), tokenizer)
+    prompt = sample.Prompt([], True, notes=4, seconds=3.0)
+    piece = sample.finish(sample.Draw(0, 1.0), ids, prompt, math.inf, tokenizer)
+    score = sample.without_prompt(piece).score
+    np.testing.assert_allclose(sample.notes_of(score)["time"], range(8), atol=0.05)
+    assert [(tempo.time, round(tempo.qpm)) for tempo in score.tempos] == [(0, 60)]
+    assert [(metre.time, metre.numerator) for metre in score.time_signatures] == [(0, 3)]
+    [pedal] = score.tracks[0].pedals
+    assert pedal.time == 0 and pedal.end == pytest.approx(2.5 * score.ticks_per_quarter, abs=1)
+    assert piece.score.tracks[0].pedals[0].time > 0  # the piece itself is as it was
+
+
 def test_sample_prompt_is_cut_by_tokens_seconds_and_bars(tmp_path, remi):
     hands = [[(480 * beat, 400, lowest + beat, 80) for beat in range(14)] for lowest in (48, 60)]
     metre = [(0, 3, 4), (3 * 480 * 2, 4, 4)]  # two bars of 3/4, then 4/4, a beat a second
@@ -1885,6 +1939,11 @@ def test_sample_prompt_is_cut_by_tokens_seconds_and_bars(tmp_path, remi):
     assert prompt("--prompt_bars", "1").notes == 6
     assert prompt("--prompt_bars", "3").notes == 20
     assert prompt("--prompt_bars", "99").ids == whole.ids
+    pedal = [T.ControlChange(1060, 64, 127), T.ControlChange(1540, 64, 0)]
+    score.tracks[0].controls.extend(pedal)  # across the first bar line
+    score.dump_midi(tmp_path / "waltz.mid")
+    ids = prompt("--prompt_bars", "1").ids
+    assert sample.notes_of(sample.to_score(ids, remi))["duration"].max() == pytest.approx(1.2, abs=0.05)
 
 
 def all_tokens():  # tempos, chords, pedals and metre, too
@@ -2037,6 +2096,18 @@ def test_sample_end_of_piece_ends_it(remi):
     draws = [(seed, 1.0) for seed in range(8)]
     lengths = [len(ids) for ids in compose(eager, remi, 300, draws)]
     assert min(lengths) < 80 and max(lengths) < 300 and len(set(lengths)) > 1
+    seen = []
+
+    def is_enough(ids):
+        seen.append(ids)
+        return len(ids) > 40
+
+    grammar, prompt = sample.build_grammar(remi), sample.Prompt([remi["BOS_None"]])
+    settings = sample.Settings(200, min_tokens=200)
+    [piece], _ = sample.generate(
+        eager, grammar, prompt, [sample.Draw(0, 1.0)], settings, is_enough
+    )
+    assert piece == seen[-1] + [remi["EOS_None"]]  # no more and no less than what was enough
     at_once = leaning(eager, remi["EOS_None"], 99.0)
     lengths = [len(ids) for ids in compose(at_once, remi, 300, draws, min_tokens=80)]
     assert 80 == min(lengths) and max(lengths) < 90
@@ -2121,6 +2192,10 @@ def test_sample_judges_as_a_musician_does(remi):
         less, figures = sample.judge(piece, 0, words != "does not come to an end")
         assert less < points and words in figures["chosen"], words
     assert sample.judge(notes, len(onset) - 5, True)[0] == points - 2  # only five notes are new
+    loop, count = spoiled["repeats a figure for 18 s"], len(onset) + 60
+    reply = {key: np.append(loop[key], column) for key, column in notes.items()}
+    reply["time"][count:] += loop["time"][-1] + 1
+    assert "repeats" not in sample.judge(reply, count, True)[1]["chosen"]  # the prompt alone does
 
 
 def test_sample_as_a_user(tmp_path, capsys, monkeypatch, sample_run, remi):
@@ -2180,6 +2255,8 @@ SAMPLE_MISTAKES = [  # what is typed, what the line says
     ("--prompt {drums}", "drums.mid"), ("--prompt {out}/a.mid --out {out}", "lies in --out"),
     ("--out {noise}", "noise.mid"), ("--top_p 1.5", "top_p"), ("--temperatures nan", "temperatures"),
     ("--temperature 1", "--temperatures"), ("--window_drop 99", "1 to 31"), ("--run {out}", "out"),
+    ("--prompt_bars -1", "1 to"), ("--prompt_tokens 0", "1 to"), ("--prompt_seconds 0", "0.01 to"),
+    ("--num_samples 0", "1 to"), ("--top_k -1", "0 to"), ("--seeds -1", "0 to"), ("--seconds 0", "0.01 to"),
     ("--run {foreign}", "foreign"), ("--run {diverged}", "diverged"), ("--run {silent}", "nothing"),
 ]  # fmt: skip
 
@@ -2630,6 +2707,16 @@ def test_three_commands_make_music(tmp_path):
     said = run("sample.py", "--seeds", "0", "1", "--max_tokens", "60")
     assert "tokens_per_second=" in said and "index.html" in said
     assert len(list((tmp_path / "samples").glob("*.mid"))) == 2
+
+
+def test_the_model_in_the_box_plays(tmp_path, capsys):
+    """As the README begins: no training, no network, no data."""
+    box = ROOT / "docs/asap"
+    assert (box / "best.ckpt").stat().st_size <= 8_000_000
+    run_sample("--run", box, "--out", tmp_path, "--max_tokens", 100, "--best_of", 2, "--seeds", 0)
+    assert "no look for copies" in capsys.readouterr().out
+    [path] = tmp_path.glob("*.mid")
+    assert Score(path).note_num() > 10
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 """
 
 # A file becomes tokens in three steps, read_midi -> prepare -> encode. sample.py reads its prompts
-# with them.
+# with them. Libraries that `import tokenize` may find this file, without what it imports below: let
+# constants be plain values, and everything else stand in functions.
 
 if __name__ == "tokenize":  # `import tokenize` found this file: be the standard library's module
     import os
@@ -106,7 +107,9 @@ def parse_flags():
     """The knobs, one a line: name, limits, default, meaning."""
 
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        """Shows the description as it is written, and every default."""
+        def _get_help_string(self, action):
+            shown = action.default not in (None, False)
+            return super()._get_help_string(action) if shown else action.help
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
@@ -121,12 +124,12 @@ def parse_flags():
     flag("--seed", type=int, default=0, help="draws the études and the held-out pieces")
     flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, in place of all that follow")
     flag = parser.add_argument_group("what a token is").add_argument
-    flag("--vocab_size", type=between(0, 10**6), help="after BPE; 0: none; None: by corpus")
+    flag("--vocab_size", type=between(0, 10**6), help="after BPE; 0: none; default: by corpus")
     steps = range(4, 97, 4)
     flag("--beat_res", type=int, choices=steps, metavar="N", default=24, help="positions a beat")
     flag("--num_velocities", type=between(1, 127), default=16, help="levels of loudness")
     flag("--tempos", action="store_true", help="keep the files' beats, with Tempo tokens")
-    flag("--time_signatures", action="store_true", help="keep their bars, with TimeSig tokens")
+    flag("--time_signatures", action="store_true", help="keep bars, too, with TimeSig tokens")
     flag("--chords", action="store_true", help="Chord tokens: maj, min, dim, aug, dominant 7th")
     flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: in the notes' lengths)")
     args, unknown = parser.parse_known_args()
@@ -138,6 +141,7 @@ def parse_flags():
     changed = [name for name in MUSICAL if getattr(args, name) != parser.get_default(name)]
     if args.tokenizer and changed:
         parser.error(f"--tokenizer has its own --{changed[0]}: leave out one of them")
+    args.tempos = args.tempos or args.time_signatures  # bars in beats have a speed, too
     return parser, args
 
 
@@ -292,14 +296,14 @@ def read_midi(path):
                 at = read_chunk(data, at + 8, size, events, ends)
             elif kind.isalnum() and at + 8 + size <= len(data):
                 at += 8 + size  # holds no music
-            elif len(ends) < count and any(data[at:]):
-                raise Refused(f"not a whole MIDI file: {kind} in place of track {len(ends) + 1}")
             else:
                 break  # what some programs leave behind
     except (IndexError, struct.error) as error:
         raise Refused("not a whole MIDI file: it ends too early") from error
     except (OSError, EOFError, zlib.error) as error:
         raise Refused(f"not a whole MIDI file: {error}") from error
+    if len(ends) < count and any(data[at:]):  # some headers count tracks that never were
+        raise Refused(f"not a whole MIDI file: {len(ends)} of {count} tracks")
     if form == 2 and len(ends) > 1:
         raise Refused("format 2: its tracks are separate pieces")
     if max(ends, default=0) > 1 << 30:  # symusic's are 32 bits wide
@@ -313,7 +317,9 @@ def read_midi(path):
 def midi_inside(data):
     """A file's bytes -> its MIDI, taken out of gzip, of an RMID's chunks or of a MacBinary."""
     if data[:2] == b"\x1f\x8b":
-        data = gzip.open(io.BytesIO(data)).read(MAX_BYTES)
+        data = gzip.open(io.BytesIO(data)).read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise Refused(f"too large: over {MAX_BYTES:,} bytes")
     if data[:4] == b"RIFF":
         at = 12
         while data[at : at + 4] != b"data":  # or struct.error, at the end
@@ -460,7 +466,9 @@ def prepare(score, tokenizer):
         notes[:2] = 2 * grid * (to_seconds(notes[:2], score) - origin)
         pedal = 2 * grid * (to_seconds(pedal, score) - origin)
     notes[:2] = np.round(notes[:2])
-    notes = notes[:, ::-1]  # of notes on one key and position, the one that was played last stays
+    # np.unique sorts by position and pitch, as base_ids and sample.py's grammar have it, and keeps
+    # the first of equals: reversed, the one that was played last
+    notes = notes[:, ::-1]
     _, order = np.unique(128 * notes[0] + notes[2], return_index=True)
     start, end, pitch, velocity = notes[:, order]
     if end.max() > MAX_BEATS * grid:
@@ -481,6 +489,10 @@ def prepare(score, tokenizer):
                 event.time = round(event.time * grid / score.ticks_per_quarter)
                 if event.time <= end.max():
                     kept[event.time] = event
+    strange = {f"{metre.numerator}/{metre.denominator}" for metre in metres.values()}
+    strange -= {f"{upper}/{lower}" for upper, lower in tokenizer.time_signatures}
+    if config.use_time_signatures and strange:
+        raise Refused(f"no token has its metre {min(strange)}")
     prepared.tempos.extend(tempos.values())
     prepared.time_signatures.extend(metres.values())
     return prepared

@@ -55,15 +55,16 @@ SIZES = {  # flags that a size sets, unless they are typed
 }  # fmt: skip
 RECIPES = {  # flags that a recipe sets, unless they are typed
     "default": dict(),
-    "original": dict(windows="chunks", bos_share=0.0, learning_rate=1e-3, dropout=0.1),
+    "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
 NETWORK = "dim", "heads", "layers", "context", "rotary", "qk_norm"  # that given weights decide
-THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # not in checkpoints
+THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # not resumed
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def make_parser():
@@ -149,6 +150,11 @@ def parse_flags(argv, devices):
     for name, value in decided.items():
         if getattr(args, name) != value:
             raise Refused(f"--{name} {getattr(args, name)}: {source} was made with {value}")
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1 and name not in ("seed", "warmup"):
+            raise Refused(f"--{name} {value}: must be at least 1")
+    if not 0 <= args.dropout < 1:
+        raise Refused(f"--dropout {args.dropout}: must be from 0 to less than 1")
     return args, facts
 
 
@@ -177,8 +183,8 @@ class Data:
                 raise Refused(f"{folder}: {side}.bin is cut short or without music")
             if tokens.max() >= self.meta["vocab_size"]:  # JAX would clamp them in silence
                 raise Refused(f"{folder}: {side}.bin holds ids beyond the vocabulary")
-            if len(tokens) <= context:
-                raise Refused(f"{folder}: {side}.bin holds too few for --context {context}")
+        if len(self.tokens["train"]) <= context:
+            raise Refused(f"{folder}: train.bin holds too few for --context {context}")
 
     def windows(self, side, starts, length):
         """[rows, length] ids from each start on; past the end, the last one again."""
@@ -190,7 +196,7 @@ class Data:
         rng = np.random.default_rng((args.seed, step))
         starts = rng.integers(len(self.tokens["train"]) - args.context, size=args.batch_size)
         piece = np.searchsorted(self.starts["train"], starts, side="right") - 1
-        first = self.starts["train"][np.maximum(piece, 0)]
+        first = self.starts["train"][piece]
         if args.windows == "chunks":
             starts -= (starts - first) % args.context
         else:  # some from a piece's start, where sampling starts, too
@@ -246,16 +252,16 @@ def are_matrices(model):
 def orthogonalize(momentum, mesh):
     """Each matrix as one that turns and hardly stretches: five Newton-Schulz steps (Jordan 2024).
 
-    Entries are 0.2 on average, as large as AdamW's (Liu et al. 2025). Matrices of one shape are
-    stacked, every device does its share of the stack, and all get all.
+    The root mean square of the entries is 0.2, as AdamW's (Liu et al. 2025). Matrices of one shape
+    are stacked, every device does its share of the stack, and all get all.
     """
 
-    def newton_schulz(x_NAB):
-        x_NAB /= jnp.linalg.norm(x_NAB, axis=(1, 2), keepdims=True) + 1e-7
+    def newton_schulz(x_NRC):
+        x_NRC /= jnp.linalg.norm(x_NRC, axis=(1, 2), keepdims=True) + 1e-7
         for _ in range(5):
-            gram_NAA = x_NAB @ x_NAB.mT
-            x_NAB = 3.4445 * x_NAB + (-4.7750 * gram_NAA + 2.0315 * gram_NAA @ gram_NAA) @ x_NAB
-        return jax.lax.all_gather(0.2 * x_NAB.shape[2] ** 0.5 * x_NAB, "data", tiled=True)
+            gram_NRR = x_NRC @ x_NRC.mT
+            x_NRC = 3.4445 * x_NRC + (-4.7750 * gram_NRR + 2.0315 * gram_NRR @ gram_NRR) @ x_NRC
+        return jax.lax.all_gather(0.2 * x_NRC.shape[2] ** 0.5 * x_NRC, "data", tiled=True)
 
     leaves, treedef = jax.tree.flatten(momentum)
     wide = [leaf if leaf.shape[0] <= leaf.shape[1] else leaf.T for leaf in leaves]
@@ -359,11 +365,13 @@ def train(args, data, mesh, saved):
     introduce(args, data, mesh, state["model"], first)
     if args.init_from and first == 0:
         before = evaluate(args, data, mesh, eval_step, state["model"])
+        facts["given_loss"] = before["val_nats_per_token"]
         print(f"before fine-tuning: val_nats_per_note={before['val_nats_per_note']:.4f}")
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.batch(args, first))
     if first < args.steps:  # compiled before tokens per second are counted
         train_step = train_step.lower(state, batch, np.uint32(first)).compile()
+    guess = np.log(data.meta["vocab_size"])  # the loss, in nats, of guessing at random
     lap_began, steps = time.time(), range(first, args.steps)
     for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
         state, metrics = train_step(state, batch, np.uint32(step))
@@ -384,7 +392,7 @@ def train(args, data, mesh, saved):
             row |= evaluate(args, data, mesh, eval_step, state["model"])
         row["seconds"] = round(time.time() - began, 1)
         rows.append(row)
-        stop_if_diverged(args, rows, data.meta["vocab_size"])
+        stop_if_diverged(args, row, max(guess + 1, 1.5 * facts["given_loss"]))
         facts |= {"step": done, "seconds": row["seconds"]}
         is_best = evaluating and row["val_nats_per_note"] < facts["best"]
         if is_best:
@@ -440,15 +448,8 @@ class Stop:
         return wanted
 
 
-def stop_if_diverged(args, rows, vocab_size):
-    """Stops where the loss is above that of guessing at random, or 1.5 times that of given weights.
-
-    Held-out music may be twice as bad: overfitting is no divergence.
-    """
-    row = rows[-1]
-    limit = np.log(vocab_size) + 1  # in nats; a guess at random has log V
-    if args.init_from:
-        limit = max(limit, 1.5 * rows[0]["train_loss"])
+def stop_if_diverged(args, row, limit):
+    """Held-out music may be twice as bad as `limit` nats: overfitting is no divergence."""
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
     if not (losses_fit and np.isfinite(row["grad_norm"])):
         sys.exit(
@@ -470,6 +471,8 @@ PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device; the first that is part o
 
 def find_devices(multihost):
     """Every device of this machine or of all hosts; never the CPU where a TPU should be."""
+    if multihost and multihost.count(",") != 2:
+        raise Refused(f"--multihost {multihost}: must be HOST:PORT,N,I, like 10.0.0.1:1234,2,0")
     try:
         if multihost == "":  # the flag alone
             jax.distributed.initialize()
@@ -572,9 +575,9 @@ def throughput(args, mesh, model, tokens_per_second):
 def fresh_or_restored(args, data, mesh, optimizer, saved):
     """The state to train, on every device, and the facts of the run: new, fine-tuned or resumed."""
     state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
-    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": []}
+    facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "given_loss": 0.0}
     if args.resume:
-        facts = {name: saved[name] for name in facts}
+        facts |= {name: saved[name] for name in facts if name in saved}
         state = load(f"{args.run}/last.ckpt", state)[0]
     elif args.init_from:
         state |= load(args.init_from, {"model": state["model"]})[0]
@@ -588,7 +591,7 @@ def fresh_or_restored(args, data, mesh, optimizer, saved):
     return jax.tree.map(lambda leaf: put(mesh, REPLICATED, np.asarray(leaf)), state), facts
 
 
-COLUMNS = [
+COLUMNS = [  # of log.csv; train_loss is that of one step's batch
     "step", "seconds", "train_loss", "val_nats_per_token", "val_nats_per_note",
     "val_bits_per_second", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
 ]  # fmt: skip
@@ -676,7 +679,8 @@ def complete(args, data, devices):
             f"--batch_size {args.batch_size}: does not divide over {len(devices)} devices x "
             f"--accumulate {args.accumulate}; the nearest that does is {nearest}"
         )
-    args.attention = choose_attention(args, devices[0])
+    mine = next(device for device in devices if device.process_index == jax.process_index())
+    args.attention = choose_attention(args, mine)
 
 
 def main(argv):
