@@ -690,7 +690,8 @@ def judge(notes, given, ended):
 
     - one if it came to an end by itself,
     - two more if that is a long chord on the tonic of the key that it began in,
-    - two if its new notes (all but the first `given`) go on for 30 to 90 s,
+    - one if its new notes (all but the first `given`) go on for at most 90 s,
+    - two more if that is at least 30 s,
     - two if it never repeats a figure for over 8 s (one at 16 s),
     - two if it never strikes a key over 12 times running (one at 24),
     - one if it is never silent for 2 s,
@@ -701,12 +702,12 @@ def judge(notes, given, ended):
     in_key = np.isin((pitch[given:] - tonic) % 12, KEYS[mode][1]).mean()
     bass = pitch[end > onset[-1]].min()  # of all that sounds with the last note
     home = ended and bass % 12 == tonic and end.max() - onset[-1] >= 1
-    lasts = 30 <= onset[-1] - onset[given] <= 90
+    seconds = onset[-1] - onset[given]
     new = {name: column[given:] for name, column in notes.items()}
     loop, strikes = longest_loop(new), most_strikes(new)
     silences = onset[1:] - np.maximum.accumulate(end)[:-1]
     silence = silences[max(0, given - 1) :].max(initial=0)
-    points = ended + 2 * home + 2 * lasts + 5 * in_key
+    points = ended + 2 * home + (seconds <= 90) + 2 * (30 <= seconds <= 90) + 5 * in_key
     points += 2 * 8 / max(loop, 8) + 2 * 12 / max(strikes, 12) + (silence < 2)
     says = {
         "does not come to an end": not ended,
