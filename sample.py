@@ -57,7 +57,8 @@ spec.loader.exec_module(midi_tokenize)
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False  # 0 is shown
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def parse_flags(words=None):

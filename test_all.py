@@ -1942,8 +1942,8 @@ def test_sample_prompt_is_cut_by_tokens_seconds_and_bars(tmp_path, remi):
     pedal = [T.ControlChange(1060, 64, 127), T.ControlChange(1540, 64, 0)]
     score.tracks[0].controls.extend(pedal)  # across the first bar line
     score.dump_midi(tmp_path / "waltz.mid")
-    ids = prompt("--prompt_bars", "1").ids
-    assert sample.notes_of(sample.to_score(ids, remi))["duration"].max() == pytest.approx(1.2, abs=0.05)
+    bar = sample.notes_of(sample.to_score(prompt("--prompt_bars", "1").ids, remi))
+    assert bar["duration"].max() == pytest.approx(1.2, abs=0.05)
 
 
 def all_tokens():  # tempos, chords, pedals and metre, too

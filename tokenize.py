@@ -108,8 +108,8 @@ def parse_flags():
 
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            shown = action.default not in (None, False)
-            return super()._get_help_string(action) if shown else action.help
+            hidden = action.default is None or action.default is False  # 0 is shown
+            return action.help if hidden else super()._get_help_string(action)
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
@@ -489,10 +489,9 @@ def prepare(score, tokenizer):
                 event.time = round(event.time * grid / score.ticks_per_quarter)
                 if event.time <= end.max():
                     kept[event.time] = event
-    strange = {f"{metre.numerator}/{metre.denominator}" for metre in metres.values()}
-    strange -= {f"{upper}/{lower}" for upper, lower in tokenizer.time_signatures}
-    if config.use_time_signatures and strange:
-        raise Refused(f"no token has its metre {min(strange)}")
+    for metre in metres.values() if config.use_time_signatures else ():
+        if (metre.numerator, metre.denominator) not in tokenizer.time_signatures:
+            raise Refused(f"no token has its metre {metre.numerator}/{metre.denominator}")
     prepared.tempos.extend(tempos.values())
     prepared.time_signatures.extend(metres.values())
     return prepared

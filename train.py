@@ -64,7 +64,8 @@ THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False  # 0 is shown
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def make_parser():
@@ -372,6 +373,7 @@ def train(args, data, mesh, saved):
     if first < args.steps:  # compiled before tokens per second are counted
         train_step = train_step.lower(state, batch, np.uint32(first)).compile()
     guess = np.log(data.meta["vocab_size"])  # the loss, in nats, of guessing at random
+    limit = max(guess + 1, 1.5 * facts["given_loss"])
     lap_began, steps = time.time(), range(first, args.steps)
     for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
         state, metrics = train_step(state, batch, np.uint32(step))
@@ -392,7 +394,7 @@ def train(args, data, mesh, saved):
             row |= evaluate(args, data, mesh, eval_step, state["model"])
         row["seconds"] = round(time.time() - began, 1)
         rows.append(row)
-        stop_if_diverged(args, row, max(guess + 1, 1.5 * facts["given_loss"]))
+        stop_if_diverged(args, row, limit)
         facts |= {"step": done, "seconds": row["seconds"]}
         is_best = evaluating and row["val_nats_per_note"] < facts["best"]
         if is_best:
@@ -637,8 +639,8 @@ def introduce(args, data, mesh, model, first):
     print(
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {args.precision}, {args.attention} "
         f"attention; --size {args.size}: {parameter_count(model):,} parameters, {args.optimizer}\n"
-        f"{args.steps} steps, {first} of them done, pass {passes:.1f} times over {tokens:,} tokens, "
-        f"of unigram entropy {entropy:.3f} nats per token"
+        f"{args.steps} steps, {first} of them done, pass {passes:.1f} times over {tokens:,} "
+        f"tokens, of unigram entropy {entropy:.3f} nats per token"
     )
 
 
