@@ -794,7 +794,10 @@ def find_passages(score):
         return np.frombuffer(hashlib.sha256(notes.tobytes()).digest()[:8], np.uint64)
     steps = np.lib.stride_tricks.sliding_window_view(np.diff(lines), STEPS, axis=1)  # [2, N, STEPS]
     factors = np.uint64(FACTOR) ** np.arange(1, STEPS + 1, dtype=np.uint64)
-    return np.unique(steps.astype(np.uint64) @ factors >> np.uint64(16))
+    sums = steps.astype(np.uint64) @ factors + np.uint64(1)
+    # Mixed, so that no common steps (0 of a repeated key) are the smallest passage of many pieces.
+    mixed = (sums ^ sums >> np.uint64(32)) * np.uint64(FACTOR)
+    return np.unique(mixed >> np.uint64(16))
 
 
 def find_pieces(takes):
