@@ -656,6 +656,21 @@ def test_folders_and_archives_give_the_same_data(etude_folder, tmp_path):
     assert set(found) == {found[0]} and read_meta(data)["skipped"] == {"duplicate": 4 * 12}
 
 
+def test_archives_of_odd_programs_are_read(tmp_path):
+    files = {f"{n}.mid": take_of(n) for n in range(6)}
+    write_files(tmp_path / "set", dict(list(files.items())[:4]))
+    with zipfile.ZipFile(tmp_path / "set/inside.zip", "w") as inside:
+        inside.writestr("5.mid", files["5.mid"])
+    packed = shutil.make_archive(tmp_path / "packed", "tar", tmp_path / "set")  # a zip comes last
+    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as windows:
+        windows.writestr("set\\", b"")
+        windows.writestr("set\\4.mid", files["4.mid"])
+    run_tokenize(packed, tmp_path / "windows.zip", "--out", tmp_path / "data", "--vocab_size", 0)
+    assert read_meta(tmp_path / "data")["skipped"] == {"an archive inside": 1}
+    found = [sequences_of(tmp_path / "data", side) for side in ("train", "val")]
+    assert sum(map(len, found)) == 5
+
+
 def test_an_archive_stays_in_its_folder_or_is_refused(etude_folder, tmp_path):
     """And one that is cut or has a flipped byte is refused."""
     midi, up, bad = T.compose(99).dumps_midi(), "../" * 5 + "escaped.mid", []
@@ -712,7 +727,8 @@ def take_of(piece, number=0, up=0):
         pitch, loud = dice.randrange(40, 90) + up, hand.randrange(40, 100)
         if hand.random() < 0.97:  # some are left out
             notes.append((time_ + hand.randrange(12), hand.randrange(100, 300), pitch, loud))
-    notes += [(time_ + 240 * n, 100, 60, 64) for n in range(2, 12)]  # one key, as in many pieces
+    scale = [60] * 10 + list(range(60, 85)) * (piece % 3 == 0)  # many have a key repeated, a run
+    notes += [(time_ + 240 * n, 100, pitch, 64) for n, pitch in enumerate(scale, 2)]
     return make_score(notes, [(0, 120 - 2 * number)]).dumps_midi()
 
 
@@ -735,6 +751,17 @@ def test_takes_are_one_piece_whatever_files_and_folders_are_called():
     for found, said in results:
         assert "12 pieces in 36 files" in said and found == results[0][0]
         assert all(len(ids) % 3 == 0 for ids in found.values())
+
+
+def test_exercises_join_no_pieces_and_copies_in_many_keys_are_one():
+    files = {f"{piece}.mid": take_of(piece) for piece in range(40)}
+    for name, keys in ("run", range(60, 85)), ("trill", [60, 62] * 20):
+        notes = [(240 * n, 200, key, 64) for n, key in enumerate(keys)]
+        files[f"{name}.mid"] = make_score(notes).dumps_midi()
+    assert "42 pieces in 42 files" in sides(files)[1]
+    copies = itertools.product(range(2), range(12), range(7))  # more than COMMON of each piece
+    files = {f"{copy}.mid": take_of(copy[0], copy[2], up=copy[1]) for copy in copies}
+    assert "2 pieces in 168 files" in sides(files)[1]
 
 
 def test_adding_files_moves_no_piece():
@@ -798,6 +825,11 @@ def test_maestro_keeps_its_published_split(tmp_path):
         run_tokenize(tmp_path / source, "--out", data, "--vocab_size", 0, "--val_fraction", 0)
         assert len(sequences_of(data, "train")) == len(sequences_of(data, "val")) == 3
         assert [reason.partition(":")[0] for reason in skipped_of(data).values()] == ["test split"]
+    (tmp_path / "favourites").mkdir()
+    shutil.copy(tmp_path / "maestro/2004/5.midi", tmp_path / "favourites")
+    run_tokenize(tmp_path / "favourites", tmp_path / "maestro/2004", "--out", data, "--vocab_size", 0)
+    assert [len(sequences_of(data, side)) for side in ("train", "val")] == [3, 2]
+    assert sorted(reason[:4] for reason in skipped_of(data).values()) == ["dupl", "test"]
     (tmp_path / "maestro" / "2004").rename(tmp_path / "maestro" / "2005")
     said = run_tokenize(tmp_path / "maestro", "--out", data, code=2)
     assert "names none of the MIDI files" in said
@@ -1057,7 +1089,7 @@ def bench_pieces(files=1_000_000):
             own = dice.integers(1 << 48, size=kept, dtype=np.uint64)
             takes.append(T.Take(f"{pieces}/{number}", ""))
             takes[-1].passages = np.unique(np.where(dice.random(kept) < 0.5, piece, own))
-            takes[-1].tag = int(takes[-1].passages.min())
+            takes[-1].tag = len(takes)
     began = time.monotonic()
     T.find_pieces(takes)
     T.choose_sides(takes, {}, 0.1, 0)

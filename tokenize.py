@@ -569,6 +569,9 @@ def find_files(sources, work, skipped):
         else:
             root = path if path.is_dir() else fetch(source, work / str(number))
             files = sorted(walk(root, skipped))
+        for table in root.parent.glob("maestro-v*.csv"):  # the source is one of its folders
+            with suppress(Refused):
+                published |= published_split(table, files)
         for file in files:
             if file.match("maestro-v*.csv"):
                 published |= published_split(file, files)
@@ -667,12 +670,12 @@ def download(address, folder):
 def unpack(archive, folder):
     """Unpack a whole .zip or .tar, .tar.gz ... into a folder, which is returned."""
     print(f"unpacking {archive.name}")
-    if zipfile.is_zipfile(archive):
+    if zipfile.is_zipfile(archive) and not tarfile.is_tarfile(archive):  # which may end in a .zip
         opened = zipfile.ZipFile(archive)
         members = opened.infolist()
-        size, files = sum(m.file_size for m in members), sum(not m.is_dir() for m in members)
         for member in members:  # some programs of Windows write backslashes
             member.filename = member.filename.replace("\\", "/")
+        size, files = sum(m.file_size for m in members), sum(not m.is_dir() for m in members)
     else:
         opened = tarfile.open(archive)
         opened.extraction_filter = tarfile.data_filter  # refuses what leads out of the folder
@@ -710,12 +713,13 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
                 raise Refused(f"{take.name}: its ids have {reason}: a mistake in base_ids")
             first = read.setdefault(hashlib.sha256(ids).digest(), take)
             if first is not take:
+                first.side = first.side or take.side
                 skipped.append((take.name, f"duplicate: the same notes as {first.name}"))
                 continue
             begin = base.tell() // ids.itemsize
             take.span = slice(begin, begin + len(ids))  # of the file at base_path
             ids.tofile(base)
-            take.tag = int(take.passages.min())
+            take.tag = int(hashlib.sha256(take.passages).hexdigest()[:16], 16)
             take.passages = take.passages[take.passages % every == 0]
             passages += len(take.passages)
             while passages > MAX_PASSAGES:  # keep a half of them, the same for all files
@@ -774,8 +778,9 @@ def limit_memory():
 # --------------------------------------------------------------------------------- pieces and sides
 
 STEPS, TOGETHER = 6, 0.05  # steps of a passage; seconds in which notes count as one attack
-SHARE, ENOUGH = 0.05, 3  # of the shorter file's passages, and how many, that two takes share
-COMMON = 60  # a passage that more files have tells nothing
+SHARE, ENOUGH = 0.07, 3  # of the shorter file's passages, and how many, that two takes share
+FEW = 30  # a file of fewer passages is a scale or an exercise: its figures are in all music
+COMMON, COPIES = 60, 1000  # a passage that more files have tells nothing, but of copies in any key
 FACTOR = 0x9E3779B97F4A7C15  # odd, with mixed bits
 
 
@@ -790,14 +795,17 @@ def find_passages(score):
     apart = np.diff(to_seconds(start[order], score)) > TOGETHER
     begins = np.append(0, np.flatnonzero(apart) + 1)  # of an attack
     lines = [extreme.reduceat(pitch[order], begins) for extreme in (np.maximum, np.minimum)]
-    if len(begins) <= STEPS:  # too short: has one number, which no other file has
-        return np.frombuffer(hashlib.sha256(notes.tobytes()).digest()[:8], np.uint64)
+    if len(begins) <= STEPS:
+        return one_number(notes)
     steps = np.lib.stride_tricks.sliding_window_view(np.diff(lines), STEPS, axis=1)  # [2, N, STEPS]
     factors = np.uint64(FACTOR) ** np.arange(1, STEPS + 1, dtype=np.uint64)
-    sums = steps.astype(np.uint64) @ factors + np.uint64(1)
-    # Mixed, so that no common steps (0 of a repeated key) are the smallest passage of many pieces.
-    mixed = (sums ^ sums >> np.uint64(32)) * np.uint64(FACTOR)
-    return np.unique(mixed >> np.uint64(16))
+    passages = np.unique(steps.astype(np.uint64) @ factors >> np.uint64(16))
+    return passages if len(passages) >= FEW else one_number(passages)
+
+
+def one_number(array):
+    """A passage that stands for all that a short file holds, and that no other music has."""
+    return np.frombuffer(hashlib.sha256(array.tobytes()).digest()[:8], np.uint64)
 
 
 def find_pieces(takes):
@@ -806,7 +814,9 @@ def find_pieces(takes):
     owner = np.repeat(np.arange(len(takes), dtype=np.int32), lengths)
     passages = np.concatenate([take.passages for take in takes])
     _, passages, owners = np.unique(passages, return_inverse=True, return_counts=True)
-    tells = ((owners > 1) & (owners <= COMMON))[passages]
+    known_by = owners[passages]
+    is_copied = np.bincount(owner[known_by > COMMON], minlength=len(takes)) > lengths / 2
+    tells = (known_by > 1) & (known_by <= np.where(is_copied, COPIES, COMMON)[owner])
     place = owner[tells], passages[tells]
     has = csr_matrix((np.ones(tells.sum(), np.int32), place), (len(takes), len(owners)))
     had_by, links = has.T.tocsr(), []
@@ -835,15 +845,14 @@ def find_pieces(takes):
 def set_apart(takes, first=0):
     """Let every file be a piece, numbered from `first` on."""
     for number, take in enumerate(takes, first):
-        digest = hashlib.sha256(take.passages).hexdigest()
-        take.piece, take.tag = number, int(digest[:16], 16)
+        take.piece = number
 
 
 def choose_sides(takes, known, val_fraction, seed):
     """Give every take the side of its piece, "train" or "val", so that names do not count.
 
     A published side stays, and so does that of a piece in the data folder that is replaced (known:
-    tag -> side): what is added moves nothing. Others draw, by the smallest passage of the piece.
+    tag -> side): what is added moves nothing. Others draw, by the smallest tag of the piece.
     """
     tags, sides, draws = {}, {}, {}  # of each piece; draws from 0 to 1
     for take in takes:
