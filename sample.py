@@ -365,6 +365,11 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
     closes_UU = np.tril(same_kind_UU & np.isin(kind_U, ["Pitch", "Position"]))
     opens_UU = np.outer(moves_U, kind_U == "Pitch")
     opens_UU |= np.outer(kind_U == "Bar", kind_U == "Position")
+    # and a metre those that its bar, of so many beats, does not have
+    number_U = np.array([int((re.findall(r"_(\d+)", name) or [0])[0]) for name in names_U])
+    place_U = np.where(kind_U == "Position", number_U, -1)
+    beats_U = np.where(kind_U == "TimeSig", number_U, np.inf)
+    closes_UU |= place_U >= beats_U[:, None] * tokenizer.config.max_num_pos_per_beat
     assert_no_dead_end(follows_UU, opens_UU, closes_UU, kind_U)
 
     needs_VU, opens_VU, closes_VU = np.zeros((3, len(tokenizer), len(names_U)), bool)
@@ -940,7 +945,7 @@ PAGE = r"""<!doctype html>
 const RATE = 44100;  // samples a second
 const find = selector => document.querySelector(selector);
 const roll = find("#roll"), slider = find("input");
-const clock = seconds => new Date(1000 * seconds).toISOString().slice(14, 19);
+const clock = seconds => [seconds / 60, seconds % 60].map(n => `${Math.floor(n)}`.padStart(2, 0)).join(":");
 const pieces = PIECES.map(addPiece);
 let current, position;  // where it stands while nothing plays, in seconds
 let audio, hall, playing;  // playing: what perform() gave, while it sounds
@@ -1055,7 +1060,7 @@ function go(piece, second, sounds = !!playing) {
   current = piece;
   position = Math.max(0, Math.min(second, piece.end));
   if (sounds) {
-    audio ??= new AudioContext();
+    audio ??= new AudioContext({sampleRate: RATE});  // as the echo has, whatever the device's is
     audio.resume();
     hall ??= openHall(audio);
     slider.oninput();

@@ -1501,9 +1501,16 @@ def test_windows_are_a_function_of_seed_and_step(markov):
     assert (batch("--bos_share", 1)[..., 0] == 1).all()
     seen = batch("--bos_share", 0, "--batch_size", 20_000)[0, :, :2]
     assert set(seen.ravel()) == set(tokens)  # every token, EOS too
-    places = [place for start in starts for place in range(start, len(tokens) - 16, 16)]
-    chunks = {tuple(tokens[place : place + 17]) for place in places}
+    ring = np.append(tokens, tokens)
+    places = [place for start in starts for place in range(start, len(tokens), 16)]
+    chunks = {tuple(ring[place : place + 17]) for place in places}
     assert {tuple(window) for window in batch("--windows", "chunks")[0]} <= chunks
+    data.tokens["train"] = np.arange(len(tokens))  # the last is predicted as often as any
+    counts = np.zeros(len(tokens))
+    for step in range(20):
+        places = batch("--bos_share", 0, "--batch_size", 20_000, step=step)[0, :, 1:]
+        counts += np.bincount(places.ravel(), minlength=len(tokens))
+    assert 0.5 < counts.min() / counts.mean() and counts.max() / counts.mean() < 1.5
 
 
 def test_every_size_and_recipe_sets_all_flags_and_what_is_typed_wins():
@@ -1584,6 +1591,19 @@ def test_fine_tuning_starts_from_the_weights(markov, trained, tmp_path, capsys):
     nats = log_of(run, "val_nats_per_note")[1]
     assert f"before fine-tuning: val_nats_per_note={nats:.4f}" in capsys.readouterr().out
     assert_same_arrays(older, run / "best.ckpt")
+    worse = tmp_path / "worse"  # and goes back to them where nothing was better
+    flags = "--init_from", trained / "best.ckpt", "--steps", 2, "--warmup", 0
+    run_train("--data", markov, "--run", worse, *flags, "--learning_rate", 0.02)
+    assert "nothing better than the given weights" in capsys.readouterr().out
+    assert_same_arrays(trained / "best.ckpt", worse / "best.ckpt")
+
+
+def test_a_finished_run_goes_on_with_more_steps(trained):
+    data = mock.Mock(meta={"train": {"tokens": 10**6}})
+    for words, steps in ([], 600), (["--steps", "700"], 700), (["--max_steps", "800"], 800):
+        args, _ = train.parse_flags(["--resume", "--run", str(trained), *words], jax.devices())
+        train.complete(args, data, jax.devices())
+        assert args.steps == steps
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(markov, tmp_path):
@@ -1638,6 +1658,7 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys):
         (["--heads", 0], "at least 1"),
         (["--accumulate", 0], "at least 1"),
         (["--dropout", 1], "less than 1"),
+        (["--grad_clip", 0], "must be over 0"),
         (["--multihost", "host:1234,2"], "HOST:PORT,N,I"),
         (["--lerning_rate", 1], "did you mean --learning_rate?"),
         (["--resume", "--init_from", best], "choose one"),
@@ -2014,6 +2035,10 @@ def test_sample_grammar_leaves_no_syntax_error_and_forbids_no_music(make, remi):
     assert kinds == set(tokenizer.tokens_types_graph) - {"PAD", "BOS", "EOS", "PitchDrum"}
     chance = np.random.default_rng(0).integers(3, len(tokenizer), (4, 200)).tolist()
     assert syntax_errors(tokenizer, chance)[0] > 100  # it does count
+    beats = 4
+    for kind, _, value in (name.partition("_") for name in names):  # no note beyond its bar
+        beats = int(value.split("/")[0]) if kind == "TimeSig" else beats
+        assert kind != "Position" or int(value) < beats * tokenizer.config.max_num_pos_per_beat
 
     grammar = sample.build_grammar(tokenizer)
 
@@ -2462,6 +2487,10 @@ def test_sample_page_plays_and_is_steered(tmp_path, browser):
     assert "http" not in sample.PAGE  # nothing from elsewhere
     state = lambda: browser.run("return [pieces.indexOf(current), now(), !!playing]")
     becomes = lambda script: wait_for(lambda: browser.run(f"return {script}"))
+
+    # a device at 48 kHz, where the browser would not add an echo of another rate
+    odd = "class extends AudioContext { constructor(o) { super({sampleRate: 48000, ...o}) } }"
+    browser.run(f"window.AudioContext = {odd}")
 
     # stands where the prompt ends; plays, pauses, goes on; two quick presses change nothing
     assert state() == [0, pytest.approx(pieces[0]["notes"][30][0]), False]

@@ -144,6 +144,8 @@ def parse_flags(argv, devices):
         if typed.resume:
             names += "size", "recipe", "optimizer"
             preset |= saved | {"data": str(Path(typed.run) / facts["data"])}
+            if typed.max_steps or typed.max_passes != parser.get_default("max_passes"):
+                preset["steps"] = None  # follows from these again
         decided = {name: saved[name] for name in names if name in saved}
         preset |= decided
     parser.set_defaults(**preset)
@@ -156,6 +158,8 @@ def parse_flags(argv, devices):
             raise Refused(f"--{name} {value}: must be at least 1")
     if not 0 <= args.dropout < 1:
         raise Refused(f"--dropout {args.dropout}: must be from 0 to less than 1")
+    if not args.grad_clip > 0:
+        raise Refused(f"--grad_clip {args.grad_clip}: must be over 0; inf clips nothing")
     return args, facts
 
 
@@ -188,14 +192,14 @@ class Data:
             raise Refused(f"{folder}: train.bin holds too few for --context {context}")
 
     def windows(self, side, starts, length):
-        """[rows, length] ids from each start on; past the end, the last one again."""
-        places = np.minimum(starts[:, None] + np.arange(length), len(self.tokens[side]) - 1)
+        """[rows, length] ids from each start on; past the end, from the beginning again."""
+        places = (starts[:, None] + np.arange(length)) % len(self.tokens[side])
         return np.asarray(self.tokens[side][places], np.int32)
 
     def batch(self, args, step):
         """The windows [A, B, T + 1] of a step: a function of seed and step alone."""
         rng = np.random.default_rng((args.seed, step))
-        starts = rng.integers(len(self.tokens["train"]) - args.context, size=args.batch_size)
+        starts = rng.integers(len(self.tokens["train"]), size=args.batch_size)
         piece = np.searchsorted(self.starts["train"], starts, side="right") - 1
         first = self.starts["train"][piece]
         if args.windows == "chunks":
@@ -364,10 +368,14 @@ def train(args, data, mesh, saved):
     run, first, rows = Path(args.run), facts["step"], facts["rows"]
     is_main = jax.process_index() == 0  # of several hosts, one writes
     introduce(args, data, mesh, state["model"], first)
-    if args.init_from and first == 0:
+    if args.init_from and not args.resume:
         before = evaluate(args, data, mesh, eval_step, state["model"])
-        facts["given_loss"] = before["val_nats_per_token"]
         print(f"before fine-tuning: val_nats_per_note={before['val_nats_per_note']:.4f}")
+        facts |= {"given_loss": before["val_nats_per_token"], "best": before["val_nats_per_note"]}
+        rows.append({"step": 0, "seconds": 0.0} | before)
+        if is_main:  # the best, until training finds better ones
+            save(run / "best.ckpt", {"model": state["model"]}, **facts)
+            save(run / "last.ckpt", state, **facts)
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.batch(args, first))
     if first < args.steps:  # compiled before tokens per second are counted
@@ -544,7 +552,7 @@ def compile_error(kind, device, heads, K):
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     try:
         gradient.lower(window_BHTK, window_BHTK, window_BHTK).compile()
-    except (RuntimeError, ValueError) as error:  # libtpu or cuDNN is too old, say
+    except (ImportError, RuntimeError, ValueError) as error:  # libtpu or cuDNN is too old, say
         return str(error).splitlines()[0]
 
 
@@ -580,7 +588,9 @@ def fresh_or_restored(args, data, mesh, optimizer, saved):
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "given_loss": 0.0}
     if args.resume:
         facts |= {name: saved[name] for name in facts if name in saved}
-        state = load(f"{args.run}/last.ckpt", state)[0]
+        state, now = load(f"{args.run}/last.ckpt", state)
+        if now["step"] != saved["step"]:  # read before the run was locked
+            raise Refused(f"{args.run}: another train.py has written there just now; try again")
     elif args.init_from:
         state |= load(args.init_from, {"model": state["model"]})[0]
     facts |= {
@@ -650,8 +660,10 @@ def summarize(args, rows, stop):
     if evaluated:
         best = min(evaluated, key=lambda row: row["val_nats_per_note"])
         print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
+        if best["step"] == 0:
+            print("training made nothing better than the given weights: lower --learning_rate")
     last = evaluated[-1] if evaluated else dict.fromkeys(COLUMNS, np.nan)
-    speed = np.median([row["tokens_per_second"] for row in rows])
+    speed = np.median([row["tokens_per_second"] for row in rows if row["step"] > 0])
     print(
         f"hear it: python sample.py --run {args.run}\n"
         f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
