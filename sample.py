@@ -701,11 +701,11 @@ def judge(notes, given, ended):
     - two if it never repeats a figure for over 8 s (one at 16 s),
     - two if it never strikes a key over 12 times running (one at 24),
     - one if it is never silent for 2 s,
-    - half a one for each tenth of its new notes that are in that key.
+    - 0.8 for each tenth of the later half of its new notes, which tends to stray, in that key.
     """
     onset, end, pitch = notes["time"], notes["time"] + notes["duration"], notes["pitch"]
     tonic, mode = find_key({name: column[onset < onset[0] + 30] for name, column in notes.items()})
-    in_key = np.isin((pitch[given:] - tonic) % 12, KEYS[mode][1]).mean()
+    is_in_key = np.isin((pitch[given:] - tonic) % 12, KEYS[mode][1])
     bass = pitch[end > onset[-1]].min()  # of all that sounds with the last note
     home = ended and bass % 12 == tonic and end.max() - onset[-1] >= 1
     seconds = onset[-1] - onset[given]
@@ -713,7 +713,8 @@ def judge(notes, given, ended):
     loop, strikes = longest_loop(new), most_strikes(new)
     silences = onset[1:] - np.maximum.accumulate(end)[:-1]
     silence = silences[max(0, given - 1) :].max(initial=0)
-    points = ended + 2 * home + (seconds <= 90) + 2 * (30 <= seconds <= 90) + 5 * in_key
+    points = ended + 2 * home + (seconds <= 90) + 2 * (30 <= seconds <= 90)
+    points += 8 * is_in_key[len(is_in_key) // 2 :].mean()
     points += 2 * 8 / max(loop, 8) + 2 * 12 / max(strikes, 12) + (silence < 2)
     says = {
         "does not come to an end": not ended,
@@ -724,7 +725,7 @@ def judge(notes, given, ended):
         f"is silent for {silence:.0f} s": silence >= 2,
     }
     words = [words for words, true in says.items() if true]
-    key = f"{PITCHES[tonic]} {mode}, with {in_key:.0%} of the new notes"
+    key = f"{PITCHES[tonic]} {mode}, with {is_in_key.mean():.0%} of the new notes"
     return points, {"chosen": "; ".join(words), "key": key}
 
 
