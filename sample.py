@@ -430,6 +430,9 @@ def read_prompt(args, tokenizer, grammar):
     if args.prompt:
         try:
             ids = [bos, *file_ids(args, tokenizer)]
+            ends_V = np.array(grammar.follows_VU[:, grammar.eos])  # may a piece end after it?
+            while len(ids) > 1 and not ends_V[ids[-1]]:
+                ids.pop()  # half a note, that --prompt_tokens has cut
             onsets = notes_of(to_score(ids, tokenizer))["time"]
         except (Refused, midi_tokenize.Refused) as error:
             raise Refused(f"--prompt {args.prompt}: {error}") from error
@@ -451,7 +454,10 @@ def file_ids(args, tokenizer):
             bar_lines = [*get_bars_ticks(score), score.end()]
         except ArithmeticError as error:
             raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
-        bar_line = bar_lines[: args.prompt_bars + 1][-1]
+        piano = [track for track in score.tracks if not track.is_drum]
+        first = min(note.time for track in piano for note in track.notes)
+        empty_bars = np.searchsorted(bar_lines, first, side="right") - 1  # a count-in, say
+        bar_line = bar_lines[: empty_bars + args.prompt_bars + 1][-1]
         for track in score.tracks:  # whose pedal goes on: it holds notes across the bar line
             track.notes = [note for note in track.notes if note.time < bar_line]
     score = midi_tokenize.prepare(score, tokenizer)
@@ -514,7 +520,7 @@ def text_to_score(args):
     score.tempos.append(Tempo(0, args.bpm))
     voices = [
         read_words((args.chords or "").replace(",", " "), parse_chord, 2, args.bpm),
-        read_words(args.motif or "", parse_motif, 1, args.bpm),
+        read_words(re.sub(r",\s+", ",", args.motif or ""), parse_motif, 1, args.bpm),
         [([pitch], 0.5) for pitch in parse_scale(args.scale)] if args.scale is not None else [],
     ]
     for voice in voices:
@@ -922,7 +928,7 @@ PAGE = r"""<!doctype html>
     font: 13px/1.5 system-ui, sans-serif }
   header { position: sticky; top: 0; padding-bottom: 12px; background: inherit }
   nav, section { display: flex; align-items: center; gap: 6px 14px; padding: 10px 0 }
-  section { flex-wrap: wrap; border-top: 1px solid #8883 }
+  section { scroll-margin-top: calc(min(44vh, 25vw + 120px) + 100px); flex-wrap: wrap; border-top: 1px solid #8883 }
   b { display: block; color: CanvasText; font: 17px/1.4 Georgia, serif }
   button { padding: 0; border: 0; background: none; color: #888; font: inherit; text-align: left }
   .current b, a, div button { color: #e0457b; text-decoration: none }
@@ -1083,7 +1089,9 @@ setInterval(feed, 200);
 
 function turn(step) {
   const piece = pieces[pieces.indexOf(current) + step];
-  if (piece) go(piece, piece.begin);
+  if (!piece) return;
+  go(piece, piece.begin);
+  piece.section.scrollIntoView({block: "nearest"});
   return piece;
 }
 
@@ -1096,14 +1104,14 @@ const keys = {
 };
 onkeydown = event => {
   const taken = event.target.matches(event.key == " " ? "a, button, summary" : "input");  // by the focus
-  if (taken || event.altKey || !keys[event.key]) return;
+  if (taken || event.altKey || event.ctrlKey || event.metaKey || !keys[event.key]) return;
   event.preventDefault();
-  keys[event.key]();
+  if (event.key != " " || !event.repeat) keys[event.key]();
 };
 onclick = event => event.detail && document.activeElement.blur();  // a mouse leaves the keys to the page
 find("#play").onclick = keys[" "];
 slider.oninput = () => hall && (hall.volume.gain.value = slider.value ** 2);
-roll.onclick = event => go(current, rollStart() + event.offsetX / zoom(), true);
+roll.onclick = event => go(current, Math.min(rollStart() + event.offsetX / zoom(), current.end - 1), true);
 
 // ---------------------------------------------------------------- what is seen
 
@@ -1126,10 +1134,10 @@ function addPiece(piece) {
   Object.assign(mid, {download: `${piece.name}.mid`, href: `data:audio/midi;base64,${piece.midi}`});
   wav.onclick = async () => {
     wav.disabled = true;
-    const link = document.createElement("a"), href = URL.createObjectURL(await renderWav(piece));
+    const sound = await renderWav(piece).finally(() => wav.disabled = false);
+    const link = document.createElement("a"), href = URL.createObjectURL(sound);
     Object.assign(link, {download: `${piece.name}.wav`, href}).click();
     setTimeout(() => URL.revokeObjectURL(href), 60_000);
-    wav.disabled = false;
   };
   find("main").append(section);
   return Object.assign(piece, {section, strip});

@@ -1917,7 +1917,7 @@ def test_sample_typed_chords_scales_and_motifs_are_the_notes_that_were_meant():
     minor = [62, 64, 65, 67, 69, 70, 72, 74]
     assert typed("--scale", "D minor") == [(240 * at, 240, pitch) for at, pitch in enumerate(minor)]
     assert [pitch for *_, pitch in typed("--scale", "Bb major")] == [70, 72, 74, 75, 77, 79, 81, 82]
-    motif = typed("--motif", "E5:.5 D#5:.5 R:1 [C4,E4]:2")
+    motif = typed("--motif", "E5:.5 D#5:.5 R:1 [C4, E4]:2")
     assert motif == [(0, 240, 76), (240, 240, 75), (960, 960, 60), (960, 960, 64)]
     other_spelling = typed("--motif", "e5 [c4,eb4]", "--chords", "am, Bb")
     assert other_spelling == typed("--motif", "E5 [C4,D#4]", "--chords", "Am A#")
@@ -1983,16 +1983,25 @@ def test_sample_prompt_is_cut_by_tokens_seconds_and_bars(tmp_path, remi):
     score.dump_midi(tmp_path / "waltz.mid")
 
     def prompt(*cut):
-        _, args = sample.parse_flags(["--prompt", str(tmp_path / "waltz.mid"), *cut])
+        words = ["--prompt", tmp_path / "waltz.mid", *cut]
+        _, args = sample.parse_flags([*map(str, words)])
         return sample.read_prompt(args, remi, sample.build_grammar(remi))
 
     whole = prompt()
     assert whole.notes == 28 and whole.seconds == 13
-    assert prompt("--prompt_tokens", "7").ids == whole.ids[:8]  # after BOS
+    ends = [sample.base_tokens(remi)[token][-1].startswith("Duration") for token in whole.ids]
+    for count in range(6, 30):  # half a note would be finished by the model, as one of its own
+        cut = max(place + 1 for place in range(count + 1) if ends[place])
+        assert prompt("--prompt_tokens", count).ids == whole.ids[:cut]  # after BOS
+    assert not all(ends[6:30])
     assert prompt("--prompt_seconds", "4.5").notes == 10  # in each hand at 0, 1, 2, 3, 4 s
     assert prompt("--prompt_bars", "1").notes == 6
     assert prompt("--prompt_bars", "3").notes == 20
     assert prompt("--prompt_bars", "99").ids == whole.ids
+    late = make_score([(note[0] + 5 * 1440, *note[1:]) for note in hands[0]], metre=[(0, 3, 4)])
+    late.dump_midi(tmp_path / "late.mid")
+    _, args = sample.parse_flags(["--prompt", str(tmp_path / "late.mid"), "--prompt_bars", "2"])
+    assert sample.read_prompt(args, remi, sample.build_grammar(remi)).notes == 6  # silence is no bar
     pedal = [T.ControlChange(1060, 64, 127), T.ControlChange(1540, 64, 0)]
     score.tracks[0].controls.extend(pedal)  # across the first bar line
     score.dump_midi(tmp_path / "waltz.mid")
@@ -2516,11 +2525,27 @@ def test_sample_page_plays_and_is_steered(tmp_path, browser):
     assert which == 2 and sounds
     assert at == pytest.approx(browser.run("return 0.75 * current.end"), abs=1)
 
+    # the empty roll beyond a piece's end is no way out of it; a key held down, or with Ctrl, does nothing
+    browser.run("go(pieces[0], pieces[0].end - 1, false)")
+    browser.click("#roll", share=0.95)
+    assert state()[0] == 0
+    browser.run("go(pieces[0], 5, false)")
+    for held in "{key: ' ', repeat: true}", "{key: 'ArrowRight', ctrlKey: true}":
+        browser.run(f"document.body.dispatchEvent(new KeyboardEvent('keydown', {{bubbles: true, ...{held}}}))")
+        assert state() == [0, 5, False]
+
     # the next piece plays on, after the last one there is silence
     browser.run("go(pieces[0], 1e9, true)")
     becomes("current == pieces[2] && !!playing")
     browser.run("go(pieces[2], pieces[2].end - 0.3, true)")
     becomes("!playing && now() == current.end")
+
+    # a piece chosen by its key is in sight
+    open_page(browser, tmp_path, [page_piece(f"piece {n}", 9, 9) for n in range(30)])
+    browser.press(*25 * down)
+    top, bottom, header, height = browser.run("""const place = current.section.getBoundingClientRect();
+        return [place.top, place.bottom, find("header").offsetHeight, innerHeight]""")
+    assert header - 1 <= top and bottom <= height + 1
 
 
 def test_sample_page_draws_every_note(tmp_path, browser):
