@@ -429,10 +429,7 @@ def read_prompt(args, tokenizer, grammar):
     bos = tokenizer["BOS_None"]
     if args.prompt:
         try:
-            ids = [bos, *file_ids(args, tokenizer)]
-            ends_V = np.array(grammar.follows_VU[:, grammar.eos])  # may a piece end after it?
-            while len(ids) > 1 and not ends_V[ids[-1]]:
-                ids.pop()  # half a note, that --prompt_tokens has cut
+            ids = [bos, *file_ids(args, tokenizer, grammar)]
             onsets = notes_of(to_score(ids, tokenizer))["time"]
         except (Refused, midi_tokenize.Refused) as error:
             raise Refused(f"--prompt {args.prompt}: {error}") from error
@@ -445,7 +442,7 @@ def read_prompt(args, tokenizer, grammar):
     return prompt._replace(title=f"after {' and '.join(texts)}")
 
 
-def file_ids(args, tokenizer):
+def file_ids(args, tokenizer, grammar):
     """Of a MIDI file, the part that the flags ask for, as ids."""
     score = midi_tokenize.read_midi(args.prompt)
     if args.prompt_bars:
@@ -465,7 +462,13 @@ def file_ids(args, tokenizer):
     if args.prompt_seconds:
         count = max(1, np.searchsorted(notes_of(score)["time"], args.prompt_seconds))
     score = first_notes(score, count)
-    return midi_tokenize.encode(score, tokenizer)[: args.prompt_tokens]
+    ids = midi_tokenize.encode(score, tokenizer)
+    if args.prompt_tokens:
+        ids = ids[: args.prompt_tokens]
+        may_end_V = np.array(grammar.follows_VU[:, grammar.eos])
+        while ids and not may_end_V[ids[-1]]:  # half a note: the model would finish it as its own
+            ids.pop()
+    return ids
 
 
 def parse_pitch(name):

@@ -1982,8 +1982,8 @@ def test_sample_prompt_is_cut_by_tokens_seconds_and_bars(tmp_path, remi):
     score.tracks.append(make_score(hands[1]).tracks[0])  # both tracks are read
     score.dump_midi(tmp_path / "waltz.mid")
 
-    def prompt(*cut):
-        words = ["--prompt", tmp_path / "waltz.mid", *cut]
+    def prompt(*cut, name="waltz.mid"):
+        words = ["--prompt", tmp_path / name, *cut]
         _, args = sample.parse_flags([*map(str, words)])
         return sample.read_prompt(args, remi, sample.build_grammar(remi))
 
@@ -2000,8 +2000,7 @@ def test_sample_prompt_is_cut_by_tokens_seconds_and_bars(tmp_path, remi):
     assert prompt("--prompt_bars", "99").ids == whole.ids
     late = make_score([(note[0] + 5 * 1440, *note[1:]) for note in hands[0]], metre=[(0, 3, 4)])
     late.dump_midi(tmp_path / "late.mid")
-    _, args = sample.parse_flags(["--prompt", str(tmp_path / "late.mid"), "--prompt_bars", "2"])
-    assert sample.read_prompt(args, remi, sample.build_grammar(remi)).notes == 6  # silence is no bar
+    assert prompt("--prompt_bars", "2", name="late.mid").notes == 6  # silence is no bar
     pedal = [T.ControlChange(1060, 64, 127), T.ControlChange(1540, 64, 0)]
     score.tracks[0].controls.extend(pedal)  # across the first bar line
     score.dump_midi(tmp_path / "waltz.mid")
