@@ -104,6 +104,7 @@ def parse_flags(words=None):
     args, unknown = parser.parse_known_args(words)
     if unknown:
         real = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)
+        real = real if unknown[0].startswith("-") else ["--prompt"]  # a bare word is a file
         parser.error(f"{unknown[0]}: unknown; the nearest flag is {real[0]}")
     has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
     if args.prompt and has_text:
@@ -213,6 +214,8 @@ def add_tokens(fixed, music, steps, settings):
 
 
 # ---- composing -----------------------------------------------------------------------------------
+
+AT_ONCE = 64  # pieces that grow together: each has 75 MB of keys and values at base size
 
 
 class Draw(NamedTuple):
@@ -875,8 +878,11 @@ def compose(args, model, tokenizer, grammar, prompt):
 
     settings = Settings(*(getattr(args, name) for name in Settings._fields))
     stop = is_enough if args.seconds else None
-    drawn, tokens_per_second = generate(model, grammar, prompt, draws, settings, stop)
-    choices = {}
+    drawn, speeds, choices = [], [], {}
+    for begin in range(0, len(draws), AT_ONCE):
+        some = draws[begin : begin + AT_ONCE]
+        made, speed = generate(model, grammar, prompt, some, settings, stop)
+        drawn, speeds = drawn + made, [*speeds, speed]
     for draw, ids in zip(draws, drawn):
         try:
             piece = finish(draw, ids, prompt, seconds, tokenizer)
@@ -884,7 +890,7 @@ def compose(args, model, tokenizer, grammar, prompt):
             print(f"seed {draw.seed}, draw {draw.candidate + 1}: left out: {error}")
         else:
             choices.setdefault(piece.name, []).append(piece)
-    return choices, tokens_per_second
+    return choices, np.mean(speeds)
 
 
 def main(args):

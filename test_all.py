@@ -2157,6 +2157,18 @@ def test_sample_seed_decides_the_music_and_all_compiles_before_the_count(monkeyp
     assert len(set(warm[0])) > 50  # each token has dice of its own
 
 
+def test_sample_many_draws_are_made_in_turns_of_as_many_as_fit(monkeypatch, tmp_path, sample_run):
+    made, generate = {}, mock.Mock(wraps=sample.generate)
+    monkeypatch.setattr(sample, "generate", generate)
+    flags = ["--num_samples", 3, "--best_of", 3, "--max_tokens", 60]
+    for at_once in sample.AT_ONCE, 4:
+        monkeypatch.setattr(sample, "AT_ONCE", at_once)
+        run_sample("--run", sample_run, "--out", tmp_path, *flags)
+        made[at_once] = {path.name: path.read_bytes() for path in tmp_path.glob("*.mid")}
+    assert [len(call.args[3]) for call in generate.call_args_list] == [9, 4, 4, 1]
+    assert len(made[4]) == 3 and made[4] == made[64]
+
+
 def test_sample_end_of_piece_ends_it(remi):
     eager = leaning(untrained(len(remi)), remi["EOS_None"], 3.0)
     draws = [(seed, 1.0) for seed in range(8)]
@@ -2323,7 +2335,8 @@ SAMPLE_MISTAKES = [  # what is typed, what the line says
     ("--temperature 1", "--temperatures"), ("--window_drop 99", "1 to 31"), ("--run {out}", "out"),
     ("--prompt_bars -1", "1 to"), ("--prompt_tokens 0", "1 to"), ("--prompt_seconds 0", "0.01 to"),
     ("--num_samples 0", "1 to"), ("--top_k -1", "0 to"), ("--seeds -1", "0 to"), ("--seconds 0", "0.01 to"),
-    ("--run {foreign}", "foreign"), ("--run {diverged}", "diverged"), ("--run {silent}", "nothing"),
+    ("moon.mid", "--prompt"), ("--run {foreign}", "foreign"), ("--run {diverged}", "diverged"),
+    ("--run {silent}", "nothing"),
 ]  # fmt: skip
 
 
