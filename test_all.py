@@ -266,6 +266,10 @@ BY_HAND = {  # what it is: (the file, its notes as worked out by hand: onset, pi
     "of two tracks' tempos, the last": (timed(FAST, ONE, SLOW), PLAIN),
     "60 bpm, then 240": (timed(tempo(0, 10**6) + tempo(480, 250_000), note(0, 100) + note(480, 400, 64)), PLAIN),
     "a key that is never let go": (timed(STUCK + note(960, 200, 64) + UP), HELD[:1] + PLAIN[1:]),
+    "a release was lost": (timed(STUCK + note(480, 96) + note(960, 96)), [(0, 60, 0.5), (0.5, 60, 0.1), (1, 60, 0.1)]),
+    "and all notes off at last": (timed(STUCK + note(480, 96) + note(960, 96) + control(1900, 123, 0)),
+                                  [(0, 60, 0.5), (0.5, 60, 0.1), (1, 60, 0.1)]),
+    "struck twice, let go once": (timed(STUCK + note(0, 96) + note(960, 96)), [(0, 60, 0.1), (1, 60, 0.1)]),
     "velocity 0 lets go": (timed(STUCK + [(200, b"\x90\x3c\0")] + note(960, 200, 64)), PLAIN),
     "drums are not heard": (timed(ONE + note(0, 99, 40, 9)), PLAIN),
     "running status after SysEx": (midi_bytes([(0, b"\x90\x3c\x50"), (200, b"\x3c\0"), (0, b"\xf0\x02a\xf7"),
@@ -662,6 +666,10 @@ def test_archives_of_odd_programs_are_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "set/inside.zip", "w") as inside:
         inside.writestr("5.mid", files["5.mid"])
     packed = shutil.make_archive(tmp_path / "packed", "tar", tmp_path / "set")  # a zip comes last
+    (tmp_path / "only").mkdir()
+    shutil.copy(tmp_path / "set/inside.zip", tmp_path / "only")
+    said = run_tokenize(tmp_path / "only", "--out", tmp_path / "data", code=2)
+    assert "no MIDI files" in said and "(only/inside.zip: an archive inside" in said
     with zipfile.ZipFile(tmp_path / "windows.zip", "w") as windows:
         windows.writestr("set\\", b"")
         windows.writestr("set\\4.mid", files["4.mid"])
@@ -786,13 +794,23 @@ def test_a_take_that_joins_its_piece_moves_no_file(tmp_path):
     assert not first.items() <= forgetful.items()  # a new folder draws anew
 
 
-def test_where_all_hangs_together_a_file_is_a_piece():
-    """Takes of one piece, or études by one composer."""
-    etudes = [T.compose(n).dumps_midi() for n in range(60)]
-    for files in [take_of(0, n) for n in range(10)], etudes:
-        found, said = sides({f"{n}.mid": midi for n, midi in enumerate(files)})
-        assert re.search(r"of \d+ files hang together.* each of them counts as a piece", said)
-        assert all(found.values()) and (len(files) > 10 or "10 pieces in 10 files" in said)
+def test_where_all_hangs_together_some_can_be_held_out():
+    """Takes of one piece, études by one composer, or pieces and a recital of them all."""
+    found, said = sides({f"{n}.mid": take_of(0, n) for n in range(10)})
+    assert "10 files hang together" in said and "10 pieces in 10 files" in said and all(found.values())
+    found, said = sides({f"{n}.mid": T.compose(n).dumps_midi() for n in range(60)})
+    assert "files hang together" in said and all(found.values())
+
+    files, recital, end = {}, [], 0
+    for piece, number in itertools.product(range(12), range(4)):
+        files[f"{piece}-{number}.mid"] = take_of(piece, number)
+        if number == 3:
+            for note in Score.from_midi(files.popitem()[1]).tracks[0].notes:
+                recital.append((note.time + end, note.duration, note.pitch, note.velocity))
+            end = recital[-1][0] + 960
+    found, said = sides(files | {"recital.mid": make_score(recital).dumps_midi()})
+    assert "37 of 37 files hang together, set/recital.mid" in said and "13 pieces in 37" in said
+    assert sorted(len(ids) % 3 for ids in found.values()) == [0, 1]
 
 
 def test_real_takes_are_found_without_the_names_of_folders():

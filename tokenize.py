@@ -390,27 +390,33 @@ def read_number(data, at):
     raise Refused("not a whole MIDI file: a number of over four bytes")
 
 
-def play(events, ends, ticks_per_beat):
-    """Events in order -> Score: which keys go down on each channel, for how long, and the pedal."""
+def play(events, ends, ticks_per_beat, unreleased=()):
+    """Events in order -> Score: which keys go down on each channel, for how long, and the pedal.
+
+    A release ends its key's oldest open note. Of `unreleased` keys, which all notes off or the end
+    found open, each note ends the last: else a lost release would put off all later ones.
+    """
     tempos, metres = {}, {0: TimeSignature(0, 4, 4)}  # by tick, so that the last one counts
     notes = defaultdict(list)  # of each channel
     pedals = defaultdict(lambda: [(0, 0)])  # of each channel: (tick, value) of its moves
     struck = defaultdict(deque)  # (channel, chunk, pitch): its open notes, the oldest first
-    last_release, released = {}, {}  # the last tick, of such a key and of any on a channel
+    released = {}  # the last tick at which any key was, of each channel
+    left = set()  # keys that were not
 
     def release(key, tick):
         start, velocity = struck[key].popleft()
         notes[key[0]].append((start, tick - start, key[2], velocity))
-        last_release[key] = released[key[0]] = tick
+        released[key[0]] = tick
 
     for tick, chunk, status, port, first, second in events:
         channel = port + status % 16
         if status < 0xA0:
             key = channel, chunk, first
-            if status >= 0x90 and second:
-                struck[key].append((tick, second))
-            elif struck[key]:
+            strikes = status >= 0x90 and second > 0
+            if struck[key] and (key in unreleased or not strikes):
                 release(key, tick)
+            if strikes:
+                struck[key].append((tick, second))
         elif status == 0xFF:
             if first == 0x51:
                 tempos[tick] = Tempo(tick, mspq=int.from_bytes(second[:3], "big"))
@@ -426,11 +432,13 @@ def play(events, ends, ticks_per_beat):
             for key in struck:
                 while key[0] == channel and struck[key]:
                     release(key, tick)
-    for key, left in struck.items():
-        for start, velocity in left:  # never released: until it was before, or to the track's end
-            end = last_release.get(key, -1)
-            end = end if end >= start else ends[key[1]]
-            notes[key[0]].append((start, end - start, key[2], velocity))
+                    left.add(key)
+    for key in struck:
+        while struck[key]:
+            release(key, ends[key[1]])
+            left.add(key)
+    if left and not unreleased:
+        return play(events, ends, ticks_per_beat, left)
     if any(tempo.mspq < 10_000 for tempo in tempos.values()):
         raise Refused("no usable clock: a beat of under 10 ms")
     score = Score(ticks_per_beat)
@@ -586,7 +594,8 @@ def find_files(sources, work, skipped):
             elif kind == "archive":
                 skipped.append((name, "an archive inside: unpack it, and name it as a source"))
     if not takes:
-        raise Refused(f"no MIDI files in {', '.join(map(str, sources))}")
+        reason = f" ({': '.join(skipped[0])})" if skipped else ""
+        raise Refused(f"no MIDI files in {', '.join(map(str, sources))}{reason}")
     return takes
 
 
@@ -779,6 +788,7 @@ def limit_memory():
 
 STEPS, TOGETHER = 6, 0.05  # steps of a passage; seconds in which notes count as one attack
 SHARE, ENOUGH = 0.07, 3  # of the shorter file's passages, and how many, that two takes share
+CLOSE = 0.2  # of the longer file's, where most files hang together
 FEW = 30  # a file of fewer passages is a scale or an exercise: its figures are in all music
 COMMON, COPIES = 60, 1000  # a passage that more files have tells nothing, but of copies in any key
 FACTOR = 0x9E3779B97F4A7C15  # odd, with mixed bits
@@ -825,26 +835,37 @@ def find_pieces(takes):
         one, other = shared.row + first, shared.col
         shorter = np.minimum(lengths[one], lengths[other])
         enough = shared.data >= np.maximum(SHARE * shorter, np.minimum(shorter, ENOUGH))
-        links.append(np.stack([one, other])[:, enough & (one < other)])
-    one, other = np.concatenate(links, axis=1)
-    linked = csr_matrix((np.ones(len(one)), (one, other)), (len(takes), len(takes)))
-    count, piece = connected_components(linked, directed=False)
-    for take, number in zip(takes, piece.tolist()):
-        take.piece = number
+        close = shared.data >= CLOSE * np.maximum(lengths[one], lengths[other])
+        links.append(np.stack([one, other, close])[:, enough & (one < other)])
+    one, other, close = np.concatenate(links, axis=1)
+    pieces = linked(len(takes), one, other)
     # Takes of one piece share passages pair by pair. Files in a loose chain only share figures, as
-    # études of one composer do.
-    files, pairs = np.bincount(piece), np.bincount(piece[one], minlength=count)
+    # études of one composer do, or parts of one long file.
+    files, pairs = np.bincount(pieces), np.bincount(pieces[one], minlength=len(takes))
     largest = files.argmax()
     loose = pairs[largest] < files[largest] * (files[largest] - 1) / 4
-    if count == 1 or (loose and files[largest] > len(takes) / 2):
+    if loose and files[largest] > len(takes) / 2:
         hang = f"{files[largest]} of {len(takes)} files hang together"
-        print(f"{hang}, by what they share: each of them counts as a piece")
-        set_apart([take for take in takes if take.piece == largest], count)
+        hub = takes[np.bincount(np.append(one, other)).argmax()].name
+        print(f"{hang}, {hub} with most: only those that share {CLOSE:.0%} count as one piece")
+        kept = (pieces[one] != largest) | (close > 0)
+        pieces = linked(len(takes), one[kept], other[kept])
+    for take, number in zip(takes, pieces.tolist()):
+        take.piece = number
+    if not pieces.any() and len(takes) > 1:
+        print(f"all {len(takes)} files hang together: each of them counts as a piece")
+        set_apart(takes)
 
 
-def set_apart(takes, first=0):
-    """Let every file be a piece, numbered from `first` on."""
-    for number, take in enumerate(takes, first):
+def linked(count, one, other):
+    """Of so many things, linked in pairs, the number of each one's cluster."""
+    links = csr_matrix((np.ones(len(one)), (one, other)), (count, count))
+    return connected_components(links, directed=False)[1]
+
+
+def set_apart(takes):
+    """Let every file be a piece."""
+    for number, take in enumerate(takes):
         take.piece = number
 
 
