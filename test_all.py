@@ -892,6 +892,22 @@ def test_a_data_folder_is_exchanged_as_a_whole(old, killed, etude_data, tmp_path
     assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has such a device")
+@pytest.mark.parametrize("full", ["base.bin", "train.bin", "skipped.csv"])
+def test_a_full_disk_is_said_and_leaves_the_data(full, etude_data, tmp_path, monkeypatch):
+    data, usual = shutil.copytree(etude_data, tmp_path / "data"), open
+
+    def full_for_one(path, mode="r", *rest, **named):
+        path = "/dev/full" if mode[0] == "w" and Path(path).name == full else path
+        return usual(path, mode, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full_for_one)
+        said = run_tokenize("--out", data, "--etudes", 2, code=2)
+    assert "No space left on device" in said.splitlines()[-1]
+    assert contents(data) == contents(etude_data)
+
+
 def test_where_all_files_are_refused_the_reason_is_said(etude_data, tmp_path):
     write_files(tmp_path / "bad", {"a.mid": b"MThd?", "b.mid": b"MThd?"})
     old = shutil.copytree(etude_data, tmp_path / "old")

@@ -727,7 +727,7 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
                 continue
             begin = base.tell() // ids.itemsize
             take.span = slice(begin, begin + len(ids))  # of the file at base_path
-            ids.tofile(base)
+            base.write(ids)  # tofile would hide a full disk
             take.tag = int(hashlib.sha256(take.passages).hexdigest()[:16], 16)
             take.passages = take.passages[take.passages % every == 0]
             passages += len(take.passages)
@@ -935,7 +935,7 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
                 shifted = [ids for ids in shifted if ids.min() >= 0]
                 for ids in add_bpe(shifted, tokenizer):
                     ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
-                    np.array(ids, dtype).tofile(file)
+                    file.write(np.array(ids, dtype))
                     counts.update(sequences=1, tokens=len(ids))
             bar.update(len(block))
     print(f"{path.stem}:", ", ".join(f"{count:,} {name}" for name, count in counts.items()))
