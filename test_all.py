@@ -270,6 +270,10 @@ BY_HAND = {  # what it is: (the file, its notes as worked out by hand: onset, pi
     "and all notes off at last": (timed(STUCK + note(480, 96) + note(960, 96) + control(1900, 123, 0)),
                                   [(0, 60, 0.5), (0.5, 60, 0.1), (1, 60, 0.1)]),
     "struck twice, let go once": (timed(STUCK + note(0, 96) + note(960, 96)), [(0, 60, 0.1), (1, 60, 0.1)]),
+    "a chain of overlaps, never let go": (timed(note(0, 500) + note(480, 480) + [(1440, STUCK[0][1])] + UP),
+                                          [(0, 60, 0.5), (0.5, 60, 0.5), (1.5, 60, 0.479)]),
+    "the pedal on a channel of its own": (timed(ONE, control(0, 64, 127, 2) + control(1900, 64, 0, 2)), HELD),
+    "messages of a live stream": (timed(ONE + [(5, b"\xf8"), (6, b"\xf1\5"), (7, b"\xf2\1\2"), (8, b"\xfe")]), PLAIN),
     "velocity 0 lets go": (timed(STUCK + [(200, b"\x90\x3c\0")] + note(960, 200, 64)), PLAIN),
     "drums are not heard": (timed(ONE + note(0, 99, 40, 9)), PLAIN),
     "running status after SysEx": (midi_bytes([(0, b"\x90\x3c\x50"), (200, b"\x3c\0"), (0, b"\xf0\x02a\xf7"),
@@ -300,6 +304,9 @@ def test_a_file_that_was_cut_or_is_too_large_is_refused(pack, tmp_path, monkeypa
         path.write_bytes(pack(data[:size]))
         with pytest.raises(T.Refused, match="not a whole MIDI file"):
             T.read_midi(path)
+    path.write_bytes(pack(data + data))
+    with pytest.raises(T.Refused, match="several MIDI files"):
+        T.read_midi(path)
     path.write_bytes(pack(data + bytes(1000)))
     assert T.read_midi(path).note_num() == 3
     monkeypatch.setattr(T, "MAX_BYTES", 999)
@@ -662,7 +669,8 @@ def test_folders_and_archives_give_the_same_data(etude_folder, tmp_path):
 
 def test_archives_of_odd_programs_are_read(tmp_path):
     files = {f"{n}.mid": take_of(n) for n in range(6)}
-    write_files(tmp_path / "set", dict(list(files.items())[:4]))
+    left_by_a_kill = {"data/.unfinished/etudes/0.mid": T.compose(0).dumps_midi()}
+    write_files(tmp_path / "set", dict(list(files.items())[:4]) | left_by_a_kill)
     with zipfile.ZipFile(tmp_path / "set/inside.zip", "w") as inside:
         inside.writestr("5.mid", files["5.mid"])
     packed = shutil.make_archive(tmp_path / "packed", "tar", tmp_path / "set")  # a zip comes last
@@ -794,6 +802,22 @@ def test_a_take_that_joins_its_piece_moves_no_file(tmp_path):
     assert not first.items() <= forgetful.items()  # a new folder draws anew
 
 
+def test_a_corrected_file_stays_on_its_side(tmp_path):
+    """Even where that was a draw: by its name, then."""
+    found = []
+    for correction in (0, 1):
+        for number in range(20):
+            score = Score.from_midi(take_of(number))
+            score.tracks[0].notes[5].pitch += correction
+            write_files(tmp_path / "set", {f"{number}.mid": score.dumps_midi()})
+        flags = "--vocab_size", 0, "--val_fraction", 0.3
+        run_tokenize(tmp_path / "set", "--out", tmp_path / "data", *flags)
+        with open(tmp_path / "data/takes.csv", encoding="utf-8") as table:
+            found.append({row["file"]: (row["side"], row["tag"]) for row in csv.DictReader(table)})
+    before, after = ({name: side for name, (side, _) in rows.items()} for rows in found)
+    assert before == after and not set(found[0].values()) & set(found[1].values())
+
+
 def test_where_all_hangs_together_some_can_be_held_out():
     """Takes of one piece, études by one composer, or pieces and a recital of them all."""
     found, said = sides({f"{n}.mid": take_of(0, n) for n in range(10)})
@@ -848,6 +872,19 @@ def test_maestro_keeps_its_published_split(tmp_path):
     run_tokenize(tmp_path / "favourites", tmp_path / "maestro/2004", "--out", data, "--vocab_size", 0)
     assert [len(sequences_of(data, side)) for side in ("train", "val")] == [3, 2]
     assert sorted(reason[:4] for reason in skipped_of(data).values()) == ["dupl", "test"]
+    write_files(tmp_path / "own", {"copy.mid": take_of(3), "other.mid": take_of(3, 1)})
+    own, maestro = tmp_path / "own", tmp_path / "maestro"
+    for sources in (own, maestro), (maestro, own):  # of a test piece: kept out as well
+        run_tokenize(*sources, "--out", data, "--vocab_size", 0)
+        assert len(sequences_of(data, "train")) == len(sequences_of(data, "val")) == 3
+        assert sorted(reason[:4] for reason in skipped_of(data).values()) == ["dupl", "test", "test"]
+    table = files["maestro-v3.0.0.csv"].replace(b"validation", b"train")
+    write_files(tmp_path / "one side", files | {"maestro-v3.0.0.csv": table, "more.mid": b""})
+    said = run_tokenize(tmp_path / "one side", "--out", tmp_path / "none", code=2)
+    assert "readable files: 5, on the one side of a published split" in said
+    (tmp_path / "odd" / "maestro-v3.0.0.csv").mkdir(parents=True)
+    write_files(tmp_path / "odd", {"maestro-v3.0.0.csv/a.mid": take_of(0), "b.mid": take_of(1)})
+    run_tokenize(tmp_path / "odd", "--out", tmp_path / "odd data", "--vocab_size", 0)
     (tmp_path / "maestro" / "2004").rename(tmp_path / "maestro" / "2005")
     said = run_tokenize(tmp_path / "maestro", "--out", data, code=2)
     assert "names none of the MIDI files" in said

@@ -294,6 +294,8 @@ def read_midi(path):
             kind, size = struct.unpack_from(">4sI", data, at)
             if kind == b"MTrk":
                 at = read_chunk(data, at + 8, size, events, ends)
+            elif kind == b"MThd":
+                raise Refused("several MIDI files in one")
             elif kind.isalnum() and at + 8 + size <= len(data):
                 at += 8 + size  # holds no music
             else:
@@ -370,6 +372,8 @@ def read_chunk(data, at, size, events, ends):
         elif status in (0xF0, 0xF7):  # SysEx, its later parts, escaped bytes
             length, at = read_number(data, at)
             at += length
+        elif status > 0xF0:  # of a live stream: time code, song position, clocks
+            at += {0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)
         else:
             raise Refused(f"not a whole MIDI file: {status:#x} begins no event")
     ends.append(tick)
@@ -390,30 +394,36 @@ def read_number(data, at):
     raise Refused("not a whole MIDI file: a number of over four bytes")
 
 
-def play(events, ends, ticks_per_beat, unreleased=()):
+def play(events, ends, ticks_per_beat, lost=()):
     """Events in order -> Score: which keys go down on each channel, for how long, and the pedal.
 
-    A release ends its key's oldest open note. Of `unreleased` keys, which all notes off or the end
-    found open, each note ends the last: else a lost release would put off all later ones.
+    A release ends its key's oldest open note. Of keys for which one was `lost`, each note ends the
+    last: else all later ones would be late.
     """
     tempos, metres = {}, {0: TimeSignature(0, 4, 4)}  # by tick, so that the last one counts
     notes = defaultdict(list)  # of each channel
     pedals = defaultdict(lambda: [(0, 0)])  # of each channel: (tick, value) of its moves
     struck = defaultdict(deque)  # (channel, chunk, pitch): its open notes, the oldest first
-    released = {}  # the last tick at which any key was, of each channel
-    left = set()  # keys that were not
+    last_release, released = {}, {}  # the last tick, of such a key and of any on a channel
+    found_lost = set()
 
     def release(key, tick):
         start, velocity = struck[key].popleft()
         notes[key[0]].append((start, tick - start, key[2], velocity))
-        released[key[0]] = tick
+        last_release[key] = released[key[0]] = tick
+
+    def release_all(key, tick):
+        if struck[key] and struck[key][0][0] < last_release.get(key, -1):
+            found_lost.add(key)  # what has been released since was an older note
+        while struck[key]:
+            release(key, tick)
 
     for tick, chunk, status, port, first, second in events:
         channel = port + status % 16
         if status < 0xA0:
             key = channel, chunk, first
             strikes = status >= 0x90 and second > 0
-            if struck[key] and (key in unreleased or not strikes):
+            if struck[key] and (key in lost or not strikes):
                 release(key, tick)
             if strikes:
                 struck[key].append((tick, second))
@@ -430,24 +440,24 @@ def play(events, ends, ticks_per_beat, unreleased=()):
                 pedals[channel].append((max(tick + late, last), 127 * down))
         if 0xB0 <= status < 0xC0 and (first == 120 or first >= 123):  # all notes off
             for key in struck:
-                while key[0] == channel and struck[key]:
-                    release(key, tick)
-                    left.add(key)
+                if key[0] == channel:
+                    release_all(key, tick)
     for key in struck:
-        while struck[key]:
-            release(key, ends[key[1]])
-            left.add(key)
-    if left and not unreleased:
-        return play(events, ends, ticks_per_beat, left)
+        release_all(key, ends[key[1]])
+    if found_lost and not lost:
+        return play(events, ends, ticks_per_beat, found_lost)
     if any(tempo.mspq < 10_000 for tempo in tempos.values()):
         raise Refused("no usable clock: a beat of under 10 ms")
     score = Score(ticks_per_beat)
     score.tempos.extend(tempos.values())
     score.time_signatures.extend(metres.values())
+    # some pianos send the pedal on a channel of its own
+    alone = [moves for channel, moves in pedals.items() if channel not in notes and moves[1:]]
     for channel in sorted(notes):
         track = Track(is_drum=channel % 16 == 9)
         track.notes = Note.from_numpy(*np.array(sorted(notes[channel]), np.int32).T, "tick")
-        moves = [*pedals[channel], (max(ends) + 1, 0)]  # the end of the file lifts it
+        moves = pedals[channel] if pedals[channel][1:] or not alone else alone[0]
+        moves = [*moves, (max(ends) + 1, 0)]  # the end of the file lifts it
         time, value = np.array(moves, np.int32).T
         track.controls = ControlChange.from_numpy(time, np.full_like(time, 64), value, "tick")
         score.tracks.append(track)
@@ -559,12 +569,15 @@ ARCHIVE_BYTES = b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"BZh", b"\xfd7z
 
 
 class Take:
-    """One MIDI file; its name, for people, has the folders in its source."""
+    """One MIDI file; its name, for people, has the folders in its source.
+
+    Its side is "train", "val" or, if published, "test", which is used for nothing.
+    """
 
     __slots__ = "name", "path", "side", "notes", "seconds", "span", "passages", "tag", "piece"
 
     def __init__(self, name, path, side=""):
-        self.name, self.path, self.side = name, path, side  # side: "train" or "val", if published
+        self.name, self.path, self.side = name, path, side
 
 
 def find_files(sources, work, skipped):
@@ -572,10 +585,10 @@ def find_files(sources, work, skipped):
     takes = []
     for number, source in enumerate(sources):
         path, published = Path(os.path.abspath(source)), {}
-        if path.is_file() and kind_of(path) == "midi":
+        if os.path.isfile(path) and kind_of(path) == "midi":
             root, files = path.parent, [path]
         else:
-            root = path if path.is_dir() else fetch(source, work / str(number))
+            root = path if os.path.isdir(path) else fetch(source, work / str(number))
             files = sorted(walk(root, skipped))
         for table in root.parent.glob("maestro-v*.csv"):  # the source is one of its folders
             with suppress(Refused):
@@ -585,10 +598,8 @@ def find_files(sources, work, skipped):
                 published |= published_split(file, files)
         for file in files:
             name, kind = os.path.join(root.name, file.relative_to(root)), kind_of(file)
-            if file.is_dir():
+            if os.path.isdir(file):
                 skipped.append((name, "a link to a folder: name it as a source"))
-            elif published.get(file) == "test":
-                skipped.append((name, "test split: kept out of training and validation"))
             elif kind == "midi":
                 takes.append(Take(name, str(file), published.get(file, "")))
             elif kind == "archive":
@@ -606,7 +617,7 @@ def walk(root, skipped):
         skipped.append((error.filename, "unreadable folder"))
 
     for folder, names, files in os.walk(root, onerror=skip):
-        names[:] = [name for name in names if name != "__MACOSX"]
+        names[:] = [name for name in names if name not in ("__MACOSX", ".unfinished")]
         links = [name for name in names if os.path.islink(os.path.join(folder, name))]
         yield from (Path(folder, name) for name in files + links if not name.startswith("._"))
 
@@ -636,7 +647,7 @@ def published_split(table, files):
         with open(table, encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.DictReader(lines))
         published = {table.parent / row["midi_filename"]: sides[row["split"]] for row in rows}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise Refused(f"{table}: not MAESTRO's table: {error!r}") from error
     if not published.keys() & set(files):
         raise Refused(f"{table}: names none of the MIDI files here; move them or the table")
@@ -873,12 +884,15 @@ def choose_sides(takes, known, val_fraction, seed):
     """Give every take the side of its piece, "train" or "val", so that names do not count.
 
     A published side stays, and so does that of a piece in the data folder that is replaced (known:
-    tag -> side): what is added moves nothing. Others draw, by the smallest tag of the piece.
+    tag or name -> side): what is added or corrected moves nothing. Others draw, by the smallest tag
+    of the piece.
     """
     tags, sides, draws = {}, {}, {}  # of each piece; draws from 0 to 1
     for take in takes:
         tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
         sides[take.piece] = sides.get(take.piece) or known.get(take.tag)
+    for take in takes:
+        sides[take.piece] = sides[take.piece] or known.get(take.name)
     for piece, tag in tags.items():
         digest = hashlib.sha256(f"{seed} {tag}".encode()).hexdigest()
         draws[piece] = int(digest, 16) / 2**256
@@ -895,13 +909,15 @@ def choose_sides(takes, known, val_fraction, seed):
 
 
 def known_sides(args):
-    """Tag -> side of all takes in the data folder that is to be replaced, if drawn by one rule."""
+    """Tag, or name -> side of all takes in the folder that is replaced, if drawn by one rule."""
     try:
         settings = json.loads((args.out / "meta.json").read_bytes())["settings"]
         if any(settings[name] != getattr(args, name) for name in ("seed", "val_fraction")):
             return {}
         with open(args.out / "takes.csv", newline="", encoding="utf-8") as table:
-            return {int(row["tag"]): row["side"] for row in csv.DictReader(table)}
+            rows = list(csv.DictReader(table))
+        known = {row["file"]: row["side"] for row in rows}
+        return known | {int(row["tag"]): row["side"] for row in rows}
     except (OSError, ValueError, TypeError, KeyError):  # there is none, or not one of ours
         return {}
 
@@ -990,17 +1006,24 @@ def make_data(args, work):
     sources = args.sources or [compose_corpus(args.etudes, args.seed, work / "etudes")]
     takes = find_files(sources, work, skipped)
     takes = read_takes(takes, tokenizer, args.workers, work / "base.bin", skipped)
-    reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
-    print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
     if args.sources and len(takes) > 1:
         find_pieces(takes)
     else:  # études have figures in common
         set_apart(takes)
+    all_published = all(take.side for take in takes)
     choose_sides(takes, known_sides(args), args.val_fraction, args.seed)
+    for take in takes:
+        if take.side == "test":
+            skipped.append((take.name, "test split: such pieces are kept out of all training"))
+    takes = [take for take in takes if take.side != "test"]
+    reasons = dict(Counter(reason.partition(":")[0] for _, reason in skipped).most_common())
+    print(f"read {len(takes)} files; skipped: {reasons or 'none'}")
     train, val = ([take for take in takes if take.side == side] for side in ("train", "val"))
     if not train or not val:
         message = "two pieces are needed, one to train on, one to hold out; "
         message += f"readable files: {len(takes)}"
+        if all_published:
+            message += ", on the one side of a published split: move its table away"
         if skipped:
             used = (args.out / "meta.json").exists()  # its own skipped.csv stays
             listed = args.out / ("not used.csv" if used else "skipped.csv")
