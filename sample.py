@@ -844,9 +844,10 @@ def load_run(folder):
         raise Refused(f"{folder}: tokenizer.json is not the one that the model was trained with")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model)):
         raise Refused(f"{path}: not all of its weights are numbers: training has diverged")
-    if not facts.get("step"):
+    flags = facts.get("flags", {})
+    if not facts.get("step") and not flags.get("init_from"):
         print(f"{path} has not been trained: expect noise")
-    precision = facts.get("flags", {}).get("precision", "float32")
+    precision = flags.get("precision", "float32")
     if jax.default_backend() == "cpu":
         precision = "float32"  # which is fastest there
     model = jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)

@@ -2228,6 +2228,13 @@ def test_sample_seed_decides_the_music_and_all_compiles_before_the_count(monkeyp
     assert len(set(warm[0])) > 50  # each token has dice of its own
 
 
+def test_sample_says_where_nothing_was_trained(tmp_path, capsys, etude_data, remi):
+    for flags, warns in ({}, True), ({"init_from": "docs/asap/best.ckpt"}, False):
+        save_run(tmp_path, untrained(len(remi)), etude_data, step=0, flags=flags)
+        sample.load_run(tmp_path)
+        assert ("expect noise" in capsys.readouterr().out) == warns
+
+
 def test_sample_many_draws_are_made_in_turns_of_as_many_as_fit(monkeypatch, tmp_path, sample_run):
     made, generate = {}, mock.Mock(wraps=sample.generate)
     monkeypatch.setattr(sample, "generate", generate)
