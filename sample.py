@@ -18,7 +18,6 @@ import sys
 if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: a notebook, which must live on
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
-import argparse
 import base64
 import difflib
 import functools
@@ -55,21 +54,12 @@ spec.loader.exec_module(midi_tokenize)
 # ---- knobs ---------------------------------------------------------------------------------------
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        hidden = action.default is None or action.default is False  # 0 is shown
-        return action.help if hidden else super()._get_help_string(action)
-
-
 def parse_flags(words=None):
     """The knobs, one a line: name, limits, default, meaning. -> parser, flags."""
-
     between = midi_tokenize.between
     share, count, warmth = between(0, 1.0), between(1, 10**6), between(0, 100.0)
     amount, moment, seed = between(0, 10**6), between(0.01, 1e6), between(0, 2**32 - 1)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
-    )
+    parser = midi_tokenize.make_parser(__doc__)
     flag = parser.add_argument
     flag("--run", type=Path, default="run", help="folder that train.py wrote; its best.ckpt plays")
     flag("--data", type=Path, help="training data to look for copies in (that of the run)")
@@ -1215,21 +1205,11 @@ frame();
 """
 
 
-def fit_console():
-    """Print in any encoding, and to nowhere where a stream is closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):  # a notebook's own can't and needn't
-            stream.reconfigure(errors="backslashreplace")
-
-
 if __name__ == "__main__":
     if not hasattr(sys, "ps1"):
         for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, signal.default_int_handler)
-    fit_console()
+    midi_tokenize.fit_console()
     try:
         parser, args = parse_flags()
         main(args)

@@ -103,17 +103,22 @@ def between(low, high):
     return number
 
 
-def parse_flags():
-    """The knobs, one a line: name, limits, default, meaning."""
+def make_parser(description):
+    """A parser whose help shows defaults, 0 too, but not None and False."""
 
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            hidden = action.default is None or action.default is False  # 0 is shown
+            hidden = action.default is None or action.default is False
             return action.help if hidden else super()._get_help_string(action)
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
+    return argparse.ArgumentParser(
+        description=description, formatter_class=Help, usage=argparse.SUPPRESS, allow_abbrev=False
     )
+
+
+def parse_flags():
+    """The knobs, one a line: name, limits, default, meaning."""
+    parser = make_parser(__doc__)
     flag, cores = parser.add_argument, os.cpu_count() or 1
     flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, address")
     flag("--out", type=Path, default=Path("data"), help="folder to write")
@@ -1168,11 +1173,18 @@ def compose(seed):
     return score
 
 
-if __name__ == "__main__":
-    for name in ("stdout", "stderr"):  # any text can be printed, even where the stream is closed
-        if getattr(sys, name) is None:
+def fit_console():
+    """Print in any encoding, and to nowhere where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+        elif hasattr(stream, "reconfigure"):  # a notebook's own can't and needn't
+            stream.reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    fit_console()
     parser, args = parse_flags()
     for number in (signal.SIGINT, signal.SIGTERM):  # a plain kill tidies up as Ctrl-C does
         signal.signal(number, signal.default_int_handler)
