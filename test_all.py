@@ -951,6 +951,7 @@ def test_where_all_files_are_refused_the_reason_is_said(etude_data, tmp_path):
     for data, table in (tmp_path / "new", "skipped.csv"), (old, "not used.csv"):
         last = run_tokenize(tmp_path / "bad", "--out", data, code=2).splitlines()[-1]
         assert "bad/a.mid: not a whole MIDI file" in last and str(data / table) in last
+        assert "readable files: 0 (" in last
         assert "bad/b.mid" in (data / table).read_text()
     assert contents(etude_data).items() <= contents(old).items()
 

@@ -1015,7 +1015,7 @@ def make_data(args, work):
         find_pieces(takes)
     else:  # études have figures in common
         set_apart(takes)
-    all_published = all(take.side for take in takes)
+    all_published = takes and all(take.side for take in takes)
     choose_sides(takes, known_sides(args), args.val_fraction, args.seed)
     for take in takes:
         if take.side == "test":
