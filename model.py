@@ -386,6 +386,8 @@ def load(path, like=None):
         if array.shape != leaf.shape or array.dtype.kind != leaf.dtype.kind:
             wanted = f"{leaf.dtype}{leaf.shape}"
             raise Refused(f"{path}: {name} is {array.dtype}{array.shape}, not {wanted}")
+        if array.dtype.kind == "V":  # .npz forgets the name of bfloat16
+            return array.view(leaf.dtype)
         return array.astype(leaf.dtype)
 
     like = jax.eval_shape(lambda: like(meta)) if callable(like) else like

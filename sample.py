@@ -78,7 +78,8 @@ def parse_flags(words=None):
     flag = parser.add_argument_group("sampling").add_argument
     flag("--seeds", type=seed, nargs="+", default=[0, 11, 255, 777], help="one piece each")
     flag("--num_samples", type=count, metavar="N", help="instead of --seeds: seeds 0 to N-1")
-    flag("--temperatures", type=warmth, nargs="+", default=[1.0], help="each with each seed")
+    flag("--temperatures", type=warmth, nargs="+", default=[1.0], help="each with each seed; at 0 "
+         "all seeds give one piece")  # fmt: skip
     flag("--best_of", type=count, default=8, metavar="N", help="draw N for each, keep the best")
     flag("--top_k", type=amount, default=0, metavar="K", help="only the K likeliest tokens; 0: all")
     flag("--top_p", type=share, default=0.9, metavar="P", help="only the likeliest that sum to P")
@@ -93,8 +94,9 @@ def parse_flags(words=None):
 
     args, unknown = parser.parse_known_args(words)
     if unknown:
+        if not unknown[0].startswith("-"):
+            parser.error(f'{unknown[0]}: a file needs --prompt; several words need quotes: "Am F"')
         real = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1, cutoff=0)
-        real = real if unknown[0].startswith("-") else ["--prompt"]  # a bare word is a file
         parser.error(f"{unknown[0]}: unknown; the nearest flag is {real[0]}")
     has_text = any(text is not None for text in (args.chords, args.scale, args.motif))
     if args.prompt and has_text:
@@ -461,6 +463,8 @@ def file_ids(args, tokenizer, grammar):
         may_end_V = np.array(grammar.follows_VU[:, grammar.eos])
         while ids and not may_end_V[ids[-1]]:  # half a note: the model would finish it as its own
             ids.pop()
+        if not ids:
+            raise Refused(f"its first {args.prompt_tokens} tokens hold no whole note")
     return ids
 
 
@@ -479,14 +483,15 @@ def parse_pitch(name):
 def parse_chord(name):
     """ "Dm7" -> [50, 53, 57, 60]"""
     root, kind = re.fullmatch(r"([A-Ga-g]?[#b]?)(.*)", name).groups()
-    if kind not in CHORDS:
+    if not root or kind not in CHORDS:
         raise Refused(f"{name!r} is no chord; kinds: C{' C'.join(CHORDS)}")
     return [parse_pitch(root) + interval for interval in CHORD_MAPS[CHORDS[kind]]]
 
 
 def parse_motif(name):
     """ "E5" -> [76], "[C4,E4]" -> [60, 64], "R" -> []"""
-    return [] if name == "R" else [parse_pitch(note) for note in name.strip("[]").split(",")]
+    notes = name[1:-1].replace(",", " ").split() if name.endswith("]") else [name]
+    return [] if name == "R" else [parse_pitch(note) for note in notes]
 
 
 def parse_scale(text):
@@ -500,7 +505,7 @@ def parse_scale(text):
 def read_words(text, parse, usual, bpm):
     """ "Dm C:4" -> [([50, 53, 57], 2.0), ([48, 52, 55], 4.0)]: pitches and beats of each word"""
     words = []
-    for word in text.split():
+    for word in re.findall(r"\[.*?\][^\s,]*|[^\s,]+", text):  # what stands in [] is one word
         name, _, length = word.partition(":")
         beats = float(length or usual) if re.fullmatch(r"(\d*\.)?\d+|", length) else math.nan
         most = min(16, bpm / 7.5)  # that tokens hold: 16 beats, or 8 seconds
@@ -515,8 +520,8 @@ def text_to_score(args):
     score, track, end = Score(480), Track(), 0
     score.tempos.append(Tempo(0, args.bpm))
     voices = [
-        read_words((args.chords or "").replace(",", " "), parse_chord, 2, args.bpm),
-        read_words(re.sub(r",\s+", ",", args.motif or ""), parse_motif, 1, args.bpm),
+        read_words(args.chords or "", parse_chord, 2, args.bpm),
+        read_words(args.motif or "", parse_motif, 1, args.bpm),
         [([pitch], 0.5) for pitch in parse_scale(args.scale)] if args.scale is not None else [],
     ]
     for voice in voices:
@@ -777,7 +782,7 @@ def read_intervals(folder, tokenizer, tokenizer_sha256):
     facts = json.loads(meta.read_text()) if meta.exists() else {}
     if facts.get("tokenizer_sha256") != tokenizer_sha256:
         named = os.path.normpath(folder)
-        print(f"{named}: not the training data, so no look for copies; name it with --data")
+        print(f"no look for copies: the training data is not in {named}; --data says where it is")
         return None
     pitches_V = []
     for names in base_tokens(tokenizer):
@@ -897,7 +902,7 @@ def main(args):
 
     choices, tokens_per_second = compose(args, model, tokenizer, grammar, prompt)
     if not choices:
-        raise Refused("nothing was composed; try other --seeds or more --max_tokens")
+        raise Refused("nothing was composed; try other --seeds, more --max_tokens or --seconds")
     data = args.data or args.run / facts.get("data", "data")
     known = read_intervals(data, tokenizer, facts["tokenizer_sha256"])
     pieces = []
@@ -928,7 +933,7 @@ PAGE = r"""<!doctype html>
     font: 13px/1.5 system-ui, sans-serif }
   header { position: sticky; top: 0; padding-bottom: 12px; background: inherit }
   nav, section { display: flex; align-items: center; gap: 6px 14px; padding: 10px 0 }
-  section { scroll-margin-top: calc(min(44vh, 25vw + 120px) + 100px); flex-wrap: wrap; border-top: 1px solid #8883 }
+  section { scroll-margin-top: calc(min(44vh, 25vw + 120px) + 106px); flex-wrap: wrap; border-top: 1px solid #8883 }
   b { display: block; color: CanvasText; font: 17px/1.4 Georgia, serif }
   button { padding: 0; border: 0; background: none; color: #888; font: inherit; text-align: left }
   .current b, a, div button { color: #e0457b; text-decoration: none }
@@ -937,7 +942,9 @@ PAGE = r"""<!doctype html>
   #play { width: 46px; border-radius: 50%; background: #e0457b; fill: Canvas; line-height: 0 }
   #roll { height: min(44vh, 25vw + 120px) }
   input { width: 15%; max-width: 100px; accent-color: #e0457b }
-  .title { flex: 1 1 180px } .strip { flex: 6 1 500px; height: 52px }
+  .title { flex: 1 1 180px; min-width: 0; overflow-wrap: anywhere }
+  #heading { max-height: 64px; overflow: hidden }  /* however long the text of a prompt is */
+  .strip { flex: 6 1 500px; height: 52px }
   time { white-space: nowrap }
   details { width: 100%; white-space: pre-line }
 </style>

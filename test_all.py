@@ -1285,10 +1285,12 @@ def test_dropout_drops_its_share_and_something_else_in_every_row_and_place():
 
 
 def test_a_checkpoint_comes_back_as_it_was_or_is_refused_in_one_line(tmp_path):
-    """Float16 comes back as float32. Cut, changed, foreign, hostile: all of it is refused."""
+    """Float16 as float32, bfloat16 as itself. Cut, changed, foreign, hostile: all is refused."""
     path, rng = tmp_path / "some.ckpt", np.random.default_rng(0)
     tree = {"a": rng.normal(size=(30, 20)).astype("float16"), "b": [np.arange(7), np.ones(2)]}
+    tree["half"] = jnp.arange(1, 3, 0.5, jnp.bfloat16)
     like = {"a": np.zeros((30, 20), "float32"), "b": [np.zeros(7, int), np.zeros(2)]}
+    like["half"] = jnp.zeros(4, jnp.bfloat16)
     model.save(path, tree, step=3)
     whole = path.read_bytes()
 
@@ -1520,6 +1522,25 @@ def test_a_run_goes_on_where_its_project_was_moved_to(markov, turned, tmp_path, 
     assert_same_run(tmp_path / "после" / "run", turned)
 
 
+def test_a_notebook_whose_run_is_a_link_to_a_disk_without_locks(markov, tmp_path, monkeypatch):
+    """Its streams cannot be configured, its signals stay its own, and the run can go on."""
+    disk = tmp_path / "mounted" / "some" / "where"
+    disk.mkdir(parents=True)
+    (tmp_path / "run").symlink_to(disk)
+    shutil.copytree(markov, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    stream = type("Stream", (io.TextIOBase,), {"write": lambda self, text: len(text)})()
+    monkeypatch.setattr(sys, "ps1", "In []:", raising=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with mock.patch.object(sys, "argv", train_command("--steps", 2)[1:]):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert handlers == {number: signal.getsignal(number) for number in handlers}
+    args, _ = train.parse_flags(["--resume", "--run", "run"], jax.devices())
+    assert os.path.samefile(args.data, "data")
+
+
 def test_a_reader_of_the_output_may_have_read_enough(markov, tmp_path):
     process = start_train("--data", markov, "--run", tmp_path, *DEFAULT)
     assert process.stdout.readline().startswith("1 x cpu, float32")  # `| head -1`
@@ -1672,7 +1693,10 @@ def test_fine_tuning_starts_from_the_weights(markov, trained, tmp_path, capsys):
 
 def test_a_finished_run_goes_on_with_more_steps(trained):
     data = mock.Mock(meta={"train": {"tokens": 10**6}})
-    for words, steps in ([], 600), (["--steps", "700"], 700), (["--max_steps", "800"], 800):
+    for words, steps in (
+        ([], 600), (["--steps", "700"], 700), (["--max_steps", "800"], 800),
+        (["--max_passes", "70"], 800), (["--max_passes", "inf"], 800),
+    ):  # fmt: skip
         args, _ = train.parse_flags(["--resume", "--run", str(trained), *words], jax.devices())
         train.complete(args, data, jax.devices())
         assert args.steps == steps
@@ -1731,7 +1755,10 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys):
         (["--accumulate", 0], "at least 1"),
         (["--dropout", 1], "less than 1"),
         (["--grad_clip", 0], "must be over 0"),
+        (["--seed", -1], "at least 0"),
+        (["--warmup", -5], "at least 0"),
         (["--multihost", "host:1234,2"], "HOST:PORT,N,I"),
+        (["--multihost", "host,2,0"], "HOST:PORT,N,I"),
         (["--lerning_rate", 1], "did you mean --learning_rate?"),
         (["--resume", "--init_from", best], "choose one"),
         (["--resume"], "no such checkpoint"),
@@ -1991,7 +2018,7 @@ def test_sample_typed_chords_scales_and_motifs_are_the_notes_that_were_meant():
     assert [pitch for *_, pitch in typed("--scale", "Bb major")] == [70, 72, 74, 75, 77, 79, 81, 82]
     motif = typed("--motif", "E5:.5 D#5:.5 R:1 [C4, E4]:2")
     assert motif == [(0, 240, 76), (240, 240, 75), (960, 960, 60), (960, 960, 64)]
-    other_spelling = typed("--motif", "e5 [c4,eb4]", "--chords", "am, Bb")
+    other_spelling = typed("--motif", "e5, [c4 eb4]", "--chords", "am, Bb")
     assert other_spelling == typed("--motif", "E5 [C4,D#4]", "--chords", "Am A#")
     together = typed("--chords", "C:4", "--motif", "E5:1 G5:1")
     both = [(0, 1920, 48), (0, 1920, 52), (0, 1920, 55), (0, 480, 76), (480, 480, 79)]
@@ -2414,13 +2441,14 @@ SAMPLE_MISTAKES = [  # what is typed, what the line says
     ("--temperature 1", "--temperatures"), ("--window_drop 99", "1 to 31"), ("--run {out}", "out"),
     ("--prompt_bars -1", "1 to"), ("--prompt_tokens 0", "1 to"), ("--prompt_seconds 0", "0.01 to"),
     ("--num_samples 0", "1 to"), ("--top_k -1", "0 to"), ("--seeds -1", "0 to"), ("--seconds 0", "0.01 to"),
-    ("moon.mid", "--prompt"), ("--run {foreign}", "foreign"), ("--run {diverged}", "diverged"),
+    ("moon.mid", "--prompt"), ("--chords Am F", "quotes"), ("--chords m7", "no chord"),
+    ("--motif [C4", "[C4"), ("--prompt {song} --prompt_tokens 1", "no whole note"), ("--run {foreign}", "foreign"), ("--run {diverged}", "diverged"),
     ("--run {silent}", "nothing"),
 ]  # fmt: skip
 
 
 def test_sample_mistakes_end_in_one_line(tmp_path, capsys, etude_data, remi, sample_run):
-    names = "foreign", "diverged", "silent", "out", "noise.mid", "drums.mid"
+    names = "foreign", "diverged", "silent", "out", "noise.mid", "drums.mid", "song.mid"
     places = {name.partition(".")[0]: tmp_path / name for name in names}
     decoder, silent = untrained(len(remi)), leaning(untrained(len(remi)), remi["Bar_None"], 1e9)
     diverged = jax.tree.map(lambda leaf: leaf * np.nan, decoder)
@@ -2431,6 +2459,7 @@ def test_sample_mistakes_end_in_one_line(tmp_path, capsys, etude_data, remi, sam
     midi_tokenize.compose(0).dump_midi(places["out"] / "a.mid")
     places["noise"].write_bytes(np.random.default_rng(0).bytes(1000))
     make_score([], drums=[(0, 480, 40, 90)]).dump_midi(places["drums"])
+    midi_tokenize.compose(1).dump_midi(places["song"])
     before = sorted(tmp_path.rglob("*.*"))
     flags = ["--run", sample_run, "--out", tmp_path / "music", "--max_tokens", 50, "--best_of", 1]
     for mistake, said in SAMPLE_MISTAKES:
@@ -2631,8 +2660,9 @@ def test_sample_page_plays_and_is_steered(tmp_path, browser):
     browser.run("go(pieces[2], pieces[2].end - 0.3, true)")
     becomes("!playing && now() == current.end")
 
-    # a piece chosen by its key is in sight
-    open_page(browser, tmp_path, [page_piece(f"piece {n}", 9, 9) for n in range(30)])
+    # a piece chosen by its key is in sight, however long its name is
+    open_page(browser, tmp_path, [page_piece(f"{n:0200d}", 9, 9) for n in range(30)])
+    assert browser.run("return find('#play').clientWidth > 30 && find('main').scrollWidth <= innerWidth")
     browser.press(*25 * down)
     top, bottom, header, height = browser.run("""const place = current.section.getBoundingClientRect();
         return [place.top, place.bottom, find("header").offsetHeight, innerHeight]""")

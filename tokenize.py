@@ -1076,7 +1076,8 @@ def main(args):
     except filelock.Timeout as error:
         raise Refused(f"--out {out}: another run is writing there") from error
     except OSError as error:
-        raise Refused(f"--out {out}: {error.strerror}") from error
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # no locks there, either
+            raise Refused(f"--out {out}: {error.strerror}") from error
     try:
         settle(work, out)
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed

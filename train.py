@@ -92,10 +92,10 @@ def make_parser():
 
     knob = parser.add_argument_group("training").add_argument
     knob("--recipe", choices=RECIPES, default="default", help="see RECIPES")
-    knob("--optimizer", choices=["adamw", "muon"], default="adamw", help="Muon: blocks alone")
+    knob("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: in blocks")
     knob("--steps", type=int, help="optimizer steps; by default the least of the next two")
-    knob("--max_steps", type=int, help="the size's number of steps")
-    knob("--max_passes", type=float, default=70, help="over the data, at the most")
+    knob("--max_steps", type=int, help="at the most; default: the size's")
+    knob("--max_passes", type=float, help="over the data, at the most; default: 70")
     knob("--batch_size", type=int, help="windows a step, over all devices and micro-batches")
     knob("--accumulate", type=int, default=1, help="micro-batches a step: less memory, same result")
     knob("--learning_rate", type=float, help="its peak; muon takes twice as much")
@@ -133,20 +133,20 @@ def parse_flags(argv, devices):
     if typed.resume and typed.init_from:
         raise Refused("--resume goes on from RUN/last.ckpt, --init_from from another: choose one")
     size = typed.size or ("tiny" if devices[0].platform == "cpu" else "base")
-    preset = {"size": size} | SIZES[size] | RECIPES[typed.recipe]
+    preset = {"size": size, "max_passes": 70} | SIZES[size] | RECIPES[typed.recipe]
     preset["precision"] = "bfloat16" if computes_in_bfloat16(devices[0]) else "float32"
     preset["batch_size"] = max(preset["batch_size"], len(devices))  # a window for each at least
-    decided, facts = {}, None
+    decided, saved = {}, None
     source = f"{typed.run}/last.ckpt" if typed.resume else typed.init_from
     if source:
-        facts = load(source)[1]
-        saved, names = facts["flags"], NETWORK
+        saved = load(source)[1]
+        flags, names = saved["flags"], NETWORK
         if typed.resume:
             names += "size", "recipe", "optimizer"
-            preset |= saved | {"data": str(Path(typed.run) / facts["data"])}
-            if typed.max_steps or typed.max_passes != parser.get_default("max_passes"):
+            preset |= flags | {"data": str(Path(typed.run) / saved["data"])}
+            if typed.max_steps or typed.max_passes:
                 preset["steps"] = None  # follows from these again
-        decided = {name: saved[name] for name in names if name in saved}
+        decided = {name: flags[name] for name in names if name in flags}
         preset |= decided
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
@@ -154,13 +154,14 @@ def parse_flags(argv, devices):
         if getattr(args, name) != value:
             raise Refused(f"--{name} {getattr(args, name)}: {source} was made with {value}")
     for name, value in vars(args).items():
-        if type(value) is int and value < 1 and name not in ("seed", "warmup"):
-            raise Refused(f"--{name} {value}: must be at least 1")
+        least = 0 if name in ("seed", "warmup") else 1
+        if type(value) is int and value < least:
+            raise Refused(f"--{name} {value}: must be at least {least}")
     if not 0 <= args.dropout < 1:
         raise Refused(f"--dropout {args.dropout}: must be from 0 to less than 1")
     if not args.grad_clip > 0:
         raise Refused(f"--grad_clip {args.grad_clip}: must be over 0; inf clips nothing")
-    return args, facts
+    return args, saved
 
 
 # -------------------------------------------------------------------------------------------- batch
@@ -416,6 +417,7 @@ def train(args, data, mesh, saved):
         if stopping:
             break
         lap_began = time.time()
+    stop.restore()
     return rows, stop
 
 
@@ -427,14 +429,19 @@ class Stop:
     SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 
     def __init__(self, max_hours):
-        self.reason, self.exit_code = None, 0
+        self.reason, self.exit_code, self.handlers = None, 0, {}
         self.deadline = self.LAUNCHED + 3600 * max_hours
         self.last_row, self.longest = time.time(), 0.0  # from a row to the next
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
         for name in self.SIGNALS:
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignore SIGHUP
-                signal.signal(number, self.on_signal)
+                self.handlers[number] = signal.signal(number, self.on_signal)
+
+    def restore(self):
+        """Signals do again what they did before: in a notebook, the kernel lives on."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def on_signal(self, number, frame):
         self.reason, self.exit_code = signal.Signals(number).name, 128 + number
@@ -481,7 +488,7 @@ PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device; the first that is part o
 
 def find_devices(multihost):
     """Every device of this machine or of all hosts; never the CPU where a TPU should be."""
-    if multihost and multihost.count(",") != 2:
+    if multihost and not re.fullmatch(r".+:\d+,\d+,\d+", multihost):
         raise Refused(f"--multihost {multihost}: must be HOST:PORT,N,I, like 10.0.0.1:1234,2,0")
     try:
         if multihost == "":  # the flag alone
@@ -491,7 +498,7 @@ def find_devices(multihost):
             jax.distributed.initialize(address, int(count), int(index))
         devices = jax.devices()
     except (RuntimeError, ValueError) as error:
-        raise Refused(f"JAX finds no device: {str(error).splitlines()[0]}") from error
+        raise Refused(f"JAX cannot start: {str(error).splitlines()[0]}") from error
     marks = [name for name in TPU_MARKS if name in os.environ]
     if marks and devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
         raise Refused(
@@ -595,8 +602,9 @@ def fresh_or_restored(args, data, mesh, optimizer, saved):
         state |= load(args.init_from, {"model": state["model"]})[0]
     facts |= {
         "flags": {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH},
-        "config": dataclasses.asdict(state["model"].cfg),
-        "data": os.path.relpath(data.folder, args.run),  # the same when both are moved
+        "config": dataclasses.asdict(state["model"].cfg) | {"attention": "xla"},  # works anywhere
+        # the same when both are moved; RUN may be a link
+        "data": os.path.relpath(data.folder, os.path.realpath(args.run)),
         "music": data.music,
         "tokenizer_sha256": data.sha256,
     }
@@ -616,8 +624,6 @@ def record(args, rows):
     if args.wandb:
         import wandb
 
-        if not wandb.run:
-            wandb.init(project="tchaikovsky", dir=run, config=vars(args))
         wandb.log(row, step=row["step"])
     with atomic_write(run / "log.csv", "w") as file:
         columns = dict.fromkeys(COLUMNS + [name for row in rows for name in row])
@@ -681,7 +687,7 @@ def complete(args, data, devices):
     if args.steps is None:
         tokens_a_step = args.batch_size * args.context
         passes = args.max_passes * data.meta["train"]["tokens"] / tokens_a_step
-        args.steps = min(args.max_steps, max(1, round(passes)))
+        args.steps = max(1, round(min(args.max_steps, passes)))
     args.warmup = min(args.steps // 10, 1000) if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.save_every = args.save_every or args.steps
@@ -721,13 +727,19 @@ def main(argv):
     lock = filelock.FileLock(run / ".lock")
     try:
         if jax.process_index() == 0:
-            with contextlib.suppress(NotImplementedError):  # some network drives have no locks
+            try:
                 lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise Refused(f"--run {run}: another train.py is writing there") from None
+            except (NotImplementedError, OSError):
+                pass  # some network drives have no locks
             with atomic_write(run / "tokenizer.json") as file:
                 file.write(data.tokenizer)
+            if args.wandb:  # at once: it may ask for a key
+                import wandb
+
+                wandb.init(project="tchaikovsky", dir=run, config=vars(args))
         rows, stop = train(args, data, Mesh(devices, ("data",)), saved)
-    except filelock.Timeout:
-        raise Refused(f"--run {run}: another train.py is writing there") from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -742,7 +754,8 @@ def main(argv):
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):  # may be closed, or unable to show some letters
         stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's own can't and needn't
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
     try:
         main(sys.argv[1:])
