@@ -122,11 +122,11 @@ def parse_flags():
     flag, cores = parser.add_argument, os.cpu_count() or 1
     flag("sources", nargs="*", metavar="SOURCE", help="folder, file, archive, data set, address")
     flag("--out", type=Path, default=Path("data"), help="folder to write")
-    flag("--transpose", type=between(0, 24), default=0, help="copies in other keys, in semitones")
+    flag("--transpose", type=between(0, 24), default=0, help="copies up to N semitones up and down")
     flag("--val_fraction", type=between(0, 0.99), default=0.1, help="share of pieces to hold out")
     flag("--etudes", type=between(2, 10**6), default=3000, help="to compose if no SOURCE is named")
     flag("--workers", type=between(1, 1000), default=cores, help="processes that read files")
-    flag("--seed", type=int, default=0, help="draws the études and the held-out pieces")
+    flag("--seed", type=between(0, 10**9), default=0, help="draws études and held-out pieces")
     flag("--tokenizer", metavar="FILE", help="a run's tokenizer.json, in place of all that follow")
     flag = parser.add_argument_group("what a token is").add_argument
     flag("--vocab_size", type=between(0, 10**6), help="after BPE; 0: none; default: by corpus")
@@ -137,7 +137,7 @@ def parse_flags():
     flag("--time_signatures", action="store_true", help="keep bars, too, with TimeSig tokens")
     flag("--chords", action="store_true", help="Chord tokens: maj, min, dim, aug, dominant 7th")
     flag("--sustain_pedals", action="store_true", help="Pedal tokens (else: in the notes' lengths)")
-    args, unknown = parser.parse_known_args()
+    args, unknown = parser.parse_known_intermixed_args()
     if unknown:
         known = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1, 0)
         parser.error(f"unknown flag {unknown[0]}; did you mean {known[0]}?")
@@ -162,8 +162,9 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
     """Every musical choice. A note is Pitch Velocity Duration; Bar and Position move time."""
     config = TokenizerConfig(
         pitch_range=(21, 108),  # the 88 keys
-        # positions a beat, for notes of 0-1, 1-2, 2-4 and 4-16 beats; attacks have the finest
-        beat_res={(0, 1): beat_res, (1, 2): beat_res // 2, (2, 4): beat_res // 4, (4, 16): 2},
+        beat_res={  # positions a beat, for notes of 0-1, 1-2 beats ...; attacks have the finest
+            (0, 1): beat_res, (1, 2): beat_res // 2, (2, 4): max(2, beat_res // 4), (4, 16): 2
+        },  # fmt: skip
         num_velocities=num_velocities,
         special_tokens=["PAD", "BOS", "EOS"],
         encode_ids_split="bar",
@@ -190,7 +191,8 @@ def load_tokenizer(path):
         tokenizer = Tokenization(params=path)
         same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
-        raise Refused(f"{path}: not a usable tokenizer: {error!r}") from error
+        reason = f"{type(error).__name__}: {error}"  # repr holds the whole file, if it is no text
+        raise Refused(f"{path}: not a usable tokenizer: {reason}") from error
     special = tokenizer.special_tokens  # miditok's default, which an empty file gives, has MASK
     ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
     if not ours or not same_vocabulary:
@@ -672,6 +674,8 @@ def fetch(source, work):
             archive = download(address, work)
         return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            failed = "no room for its files"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise Refused(f"{source}: {failed} ({reason})") from error
 
@@ -768,6 +772,7 @@ def in_workers(function, items, workers):
 
     A refusal, a crash or a hang costs one item. Any other exception is a mistake here and ends all.
     """
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of 64 cores, it would reserve 5 GB in each worker
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPool(min(workers, len(items)), initializer=limit_memory, context=spawn)
     todo, asked = iter(items), deque()
@@ -923,7 +928,7 @@ def known_sides(args):
             rows = list(csv.DictReader(table))
         known = {row["file"]: row["side"] for row in rows}
         return known | {int(row["tag"]): row["side"] for row in rows}
-    except (OSError, ValueError, TypeError, KeyError):  # there is none, or not one of ours
+    except (OSError, ValueError, TypeError, KeyError, csv.Error):  # none, or not one of ours
         return {}
 
 
@@ -1084,7 +1089,7 @@ def main(args):
         work.mkdir()
         make_data(args, work)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise Refused(f"--out {out}: {error.strerror}") from error
     finally:
@@ -1192,7 +1197,7 @@ if __name__ == "__main__":
     try:
         main(args)
         sys.stdout.flush()
-    except Refused as error:
+    except (Refused, PermissionError) as error:
         parser.error(str(error))
     except BrokenPipeError:  # nobody reads on, as with `| head -1`
         os._exit(1)

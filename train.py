@@ -177,7 +177,7 @@ class Data:
             self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
             for side in ("train", "val"):
                 self.tokens[side] = np.memmap(self.folder / f"{side}.bin", self.meta["dtype"], "r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise Refused(f"--data: {error}; python tokenize.py SOURCE --out {folder}") from error
         self.music = {side: self.meta[side] for side in ("train", "val")}
         self.sha256 = self.meta["tokenizer_sha256"]
