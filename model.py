@@ -5,7 +5,7 @@
     model = Decoder(cfg, jax.random.key(0))
     logits, _ = model(tokens)        # integers [B, T] -> float32 [B, T, V]
 
-Names of arrays end in their shape where it changes:
+Names of arrays end in their shape where it changes (those of weights are keys in checkpoints):
     B batch   T tokens   S keys (of a cache)   D width   H heads   K head size (D = H K)   F = 4 D
     V vocabulary
 """
@@ -172,7 +172,8 @@ class Decoder(eqx.Module):
         """Logits, float32 [B, T, V], of tokens at positions start, start + 1, ..., and the cache.
 
         seeds_B: when training, one uint32 a row, which decides what dropout drops.
-        cache: when sampling, from `empty_cache`; `start` may be traced.
+        cache: when sampling, from `empty_cache`; `start` may be traced, so nothing checks that
+            learned positions end before the context does.
         """
         # in float32: the gradients of a frequent token's many places would not add up in bfloat16
         x_BTD = self.token_VD.astype(jnp.float32)[tokens_BT].astype(self.token_VD.dtype)
@@ -296,7 +297,10 @@ def is_visible(T, S, start):
 
 
 def causal_attention(q_BHTK, k_BHTK, v_BHTK, kind):
-    """`attention` of a whole window to itself, through the kernel that Config.attention names."""
+    """`attention` of a whole window to itself, through the kernel that Config.attention names.
+
+    A change to `attention` does not reach the first two, which only GPUs and TPUs run.
+    """
     if kind == "splash":
         return splash_attention(q_BHTK, k_BHTK, v_BHTK)
     if kind == "cudnn":

@@ -7,8 +7,9 @@
 """
 
 # A file becomes tokens in three steps, read_midi -> prepare -> encode. sample.py reads its prompts
-# with them. Libraries that `import tokenize` may find this file, without what it imports below: let
-# constants be plain values, and everything else stand in functions.
+# with them; so can you, after `from sample import midi_tokenize`. Libraries that `import tokenize`
+# may find this file, without what it imports below: let constants be plain values, and everything
+# else stand in functions.
 
 if __name__ == "tokenize":  # `import tokenize` found this file: be the standard library's module
     import os
@@ -167,7 +168,8 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
         },  # fmt: skip
         num_velocities=num_velocities,
         special_tokens=["PAD", "BOS", "EOS"],
-        encode_ids_split="bar",
+        # "bar" has miditok mark where words begin; before anything but a Bar, the mark is a token
+        encode_ids_split="bar" if WORD_BEGINS == "Bar" else "no",
         use_tempos=tempos,
         tempo_range=(15, 480),
         num_tempos=128,
@@ -576,7 +578,7 @@ ARCHIVE_BYTES = b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"BZh", b"\xfd7z
 
 
 class Take:
-    """One MIDI file; its name, for people, has the folders in its source.
+    """One MIDI file; its name, for people, is its source's, the folders in that, and its own.
 
     Its side is "train", "val" or, if published, "test", which is used for nothing.
     """
@@ -957,8 +959,8 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
         for first in range(0, len(takes), 100):
             block = takes[first : first + 100]
             for table in tables:
-                shifted = [table[base[take.span]] for take in block]
-                shifted = [ids for ids in shifted if ids.min() >= 0]
+                fitting = [take for take in block if table[base[take.span]].min() >= 0]
+                shifted = [table[base[take.span]] for take in fitting]
                 for ids in add_bpe(shifted, tokenizer):
                     ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
                     file.write(np.array(ids, dtype))

@@ -58,7 +58,8 @@ RECIPES = {  # flags that a recipe sets, unless they are typed
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
-NETWORK = "dim", "heads", "layers", "context", "rotary", "qk_norm"  # that given weights decide
+# All other fields of Config, each by the flag of its name: given weights decide them.
+NETWORK = tuple(sorted(Config.__annotations__.keys() - {"vocab_size", "dropout", "attention"}))
 THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # not resumed
 
 
@@ -315,10 +316,13 @@ def make_train_step(args, mesh, optimizer):
     return jax.jit(train_step, donate_argnums=0)
 
 
-def fresh_state(args, vocab_size, optimizer):
-    """All that training changes: what is added to this dict is saved and resumed by itself."""
+def fresh_model(args, vocab_size):
     shape = {name: getattr(args, name) for name in (*NETWORK, "dropout", "attention")}
-    model = Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
+    return Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
+
+
+def fresh_state(model, optimizer):
+    """All that training changes: what is added to this dict is saved and resumed by itself."""
     return {"model": model, "optimizer": optimizer.init(model)}
 
 
@@ -591,15 +595,16 @@ def throughput(args, mesh, model, tokens_per_second):
 
 def fresh_or_restored(args, data, mesh, optimizer, saved):
     """The state to train, on every device, and the facts of the run: new, fine-tuned or resumed."""
-    state = jax.jit(lambda: fresh_state(args, data.meta["vocab_size"], optimizer))()
+    model = jax.jit(lambda: fresh_model(args, data.meta["vocab_size"]))()
+    if args.init_from and not args.resume:
+        model = load(args.init_from, {"model": model})[0]["model"]
+    state = fresh_state(model, optimizer)
     facts = {"step": 0, "seconds": 0.0, "best": float("inf"), "rows": [], "given_loss": 0.0}
     if args.resume:
         facts |= {name: saved[name] for name in facts if name in saved}
         state, now = load(f"{args.run}/last.ckpt", state)
         if now["step"] != saved["step"]:  # read before the run was locked
             raise Refused(f"{args.run}: another train.py has written there just now; try again")
-    elif args.init_from:
-        state |= load(args.init_from, {"model": state["model"]})[0]
     facts |= {
         "flags": {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH},
         "config": dataclasses.asdict(state["model"].cfg) | {"attention": "xla"},  # works anywhere
