@@ -299,7 +299,7 @@ def is_visible(T, S, start):
 def causal_attention(q_BHTK, k_BHTK, v_BHTK, kind):
     """`attention` of a whole window to itself, through the kernel that Config.attention names.
 
-    A change to `attention` does not reach the first two, which only GPUs and TPUs run.
+    A change to `attention` reaches neither splash (on TPUs) nor cuDNN (on GPUs).
     """
     if kind == "splash":
         return splash_attention(q_BHTK, k_BHTK, v_BHTK)

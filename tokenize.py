@@ -93,6 +93,16 @@ class Refused(ValueError):
     """A file, an archive or a setting that cannot be used; the message says why, in one line."""
 
 
+def in_one_line(error):
+    """What an exception of a library says. (The repr of some holds a whole file.)"""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def is_full(error):
+    """Is there no room left, on the disk or in the user's share of it?"""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def between(low, high):
     """What argparse calls a type: a number within limits, of the kind of the upper one."""
 
@@ -193,8 +203,7 @@ def load_tokenizer(path):
         tokenizer = Tokenization(params=path)
         same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
-        reason = f"{type(error).__name__}: {error}"  # repr holds the whole file, if it is no text
-        raise Refused(f"{path}: not a usable tokenizer: {reason}") from error
+        raise Refused(f"{path}: not a usable tokenizer: {in_one_line(error)}") from error
     special = tokenizer.special_tokens  # miditok's default, which an empty file gives, has MASK
     ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
     if not ours or not same_vocabulary:
@@ -676,10 +685,9 @@ def fetch(source, work):
             archive = download(address, work)
         return unpack(archive, work / "files" / archive.name.split(".")[0])
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             failed = "no room for its files"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"{source}: {failed} ({reason})") from error
+        raise Refused(f"{source}: {failed} ({in_one_line(error)})") from error
 
 
 def download(address, folder):
@@ -959,8 +967,9 @@ def write_side(path, takes, base, tokenizer, transpose, dtype):
         for first in range(0, len(takes), 100):
             block = takes[first : first + 100]
             for table in tables:
-                fitting = [take for take in block if table[base[take.span]].min() >= 0]
-                shifted = [table[base[take.span]] for take in fitting]
+                shifted = [table[base[take.span]] for take in block]
+                # some leave the keyboard: what is left is no longer one for each take of the block
+                shifted = [ids for ids in shifted if ids.min() >= 0]
                 for ids in add_bpe(shifted, tokenizer):
                     ids = [tokenizer["BOS_None"], *ids, tokenizer["EOS_None"]]
                     file.write(np.array(ids, dtype))
@@ -1078,12 +1087,13 @@ def main(args):
     lock = filelock.FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with suppress(NotImplementedError):  # some network drives have no locks
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise Refused(f"--out {out}: another run is writing there") from error
+    except NotImplementedError:
+        pass  # a network drive without locks
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # no locks there, either
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # such a drive, too
             raise Refused(f"--out {out}: {error.strerror}") from error
     try:
         settle(work, out)
@@ -1091,7 +1101,7 @@ def main(args):
         work.mkdir()
         make_data(args, work)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         raise Refused(f"--out {out}: {error.strerror}") from error
     finally:

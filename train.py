@@ -58,8 +58,9 @@ RECIPES = {  # flags that a recipe sets, unless they are typed
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
-# All other fields of Config, each by the flag of its name: given weights decide them.
-NETWORK = tuple(sorted(Config.__annotations__.keys() - {"vocab_size", "dropout", "attention"}))
+# Given weights decide all fields of Config but these; each but the first has a flag of its name.
+NOT_GIVEN = "vocab_size", "dropout", "attention"
+NETWORK = tuple(name for name in Config.__annotations__ if name not in NOT_GIVEN)
 THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # not resumed
 
 
@@ -317,6 +318,7 @@ def make_train_step(args, mesh, optimizer):
 
 
 def fresh_model(args, vocab_size):
+    """Random weights of the network that the flags describe."""
     shape = {name: getattr(args, name) for name in (*NETWORK, "dropout", "attention")}
     return Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
 
