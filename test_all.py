@@ -1697,6 +1697,15 @@ def test_fine_tuning_starts_from_the_weights(markov, trained, tmp_path, capsys):
     assert_same_arrays(trained / "best.ckpt", worse / "best.ckpt")
 
 
+def test_rotary_weights_go_on_with_another_context(markov, turned, tmp_path):
+    given, flags = turned / "best.ckpt", ["--eval_every", 1, "--warmup", 9]  # from a rate of 0
+    flags += "--init_from", given, "--context", 32, "--max_hours", 0
+    run_train("--data", markov, "--run", tmp_path, *MUON, *flags)
+    assert_same_arrays(given, tmp_path / "best.ckpt")
+    before, after = (model.load(path)[1]["config"] for path in (given, tmp_path / "best.ckpt"))
+    assert after == before | {"context": 32}
+
+
 def test_a_finished_run_goes_on_with_more_steps(trained):
     data = mock.Mock(meta={"train": {"tokens": 10**6}})
     for words, steps in (
@@ -1770,6 +1779,7 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys):
         (["--resume"], "no such checkpoint"),
         (["--init_from", markov / "meta.json"], "not a usable checkpoint"),
         (["--init_from", best, "--rotary"], "--rotary True"),
+        (["--init_from", best, "--context", 32], "was made with 16"),
         (["--run", trained], "go on with --resume"),
         ([*resume, "--layers", 3], "was made with 1"),
         ([*resume, "--optimizer", "muon"], "was made with adamw"),

@@ -150,6 +150,8 @@ def parse_flags(argv, devices):
                 preset["steps"] = None  # follows from these again
         decided = {name: flags[name] for name in names if name in flags}
         preset |= decided
+        if typed.init_from and flags.get("rotary"):
+            decided.pop("context")  # no weight depends on it
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     for name, value in decided.items():
