@@ -51,7 +51,7 @@ class Config:
 def attention(q_BHTK, k_BHSK, v_BHSK, start=0):
     """softmax(q k / sqrt(K)) v (Vaswani et al. 2017): each query sees the keys up to its position.
 
-    Queries stand at positions start, start + 1, ...; which position a key has, `is_visible` says.
+    Query t is at position start + t. `is_visible` says which position each key has.
     """
     T, S, K = q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.shape[3]
     q_BHTK = q_BHTK * K**-0.5
@@ -81,7 +81,7 @@ class Attention(eqx.Module):
         self.q_DD, self.k_DD = normal(q_key, D, D), normal(k_key, D, D)
         self.v_DD = normal(v_key, D, D)
         self.out_DD, self.out_bias_D = normal(out_key, D, D, std=residual_std(cfg)), jnp.zeros(D)
-        self.scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None  # at first
+        self.scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None  # learned from 10 on
         self.cfg = cfg
 
     def __call__(self, x_BTD, cache=None, start=0):
@@ -91,7 +91,7 @@ class Attention(eqx.Module):
         k_BHTK = split_heads(x_BTD @ self.k_DD, cfg.heads)
         v_BHTK = split_heads(x_BTD @ self.v_DD, cfg.heads)
         if cfg.qk_norm:
-            sqrt_K = q_BHTK.shape[-1] ** 0.5  # by which attention will divide
+            sqrt_K = q_BHTK.shape[-1] ** 0.5  # attention divides by it: scores are scale * cosine
             q_BHTK = normalize(q_BHTK) * (sqrt_K * self.scale_H)[:, None, None]
             k_BHTK = normalize(k_BHTK)
         if cfg.rotary:
@@ -148,7 +148,7 @@ class Block(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """Token ids in, logits of the next token out. All leaves are arrays, so that JAX just works."""
+    """Token ids in, logits of the next token out. All leaves are arrays: jax.jit takes it."""
 
     token_VD: jax.Array
     position_TD: jax.Array | None  # learned, added to the token's embedding
@@ -175,14 +175,15 @@ class Decoder(eqx.Module):
         cache: when sampling, from `empty_cache`; `start` may be traced, so nothing checks that
             learned positions end before the context does.
         """
-        # in float32: the gradients of a frequent token's many places would not add up in bfloat16
+        # looked up in float32, so that the gradients of a token's many places add up in float32
         x_BTD = self.token_VD.astype(jnp.float32)[tokens_BT].astype(self.token_VD.dtype)
         if not self.cfg.rotary:
             x_BTD += jax.lax.dynamic_slice_in_dim(self.position_TD, start, tokens_BT.shape[1])
         x_BTD = dropout(x_BTD, fold(seeds_B, 0), self.cfg.dropout)
         cache = cache or [None] * self.cfg.layers
         filled = []
-        for layer, block in enumerate(self.blocks):  # unrolled: 1.4 times as fast as a scan on TPU
+        # unrolled: by the TPU compiler's estimate, a scan over layers takes 1.4 times as long
+        for layer, block in enumerate(self.blocks):
             x_BTD, layer_cache = block(x_BTD, fold(seeds_B, layer + 1), cache[layer], start)
             filled.append(layer_cache)
         logits_BTV = jnp.matmul(self.norm(x_BTD), self.head_DV, preferred_element_type=jnp.float32)
@@ -216,7 +217,7 @@ def residual_std(cfg):
 
 
 def split_heads(x_BTD, heads):
-    """[B, H, T, K]: head by head, as attention reads them (a cache token by token: 2 x slower)."""
+    """[B, T, D] -> [B, H, T, K]. A cache with T before H made sampling take twice as long."""
     B, T, _ = x_BTD.shape
     return x_BTD.reshape(B, T, heads, -1).swapaxes(1, 2)
 
@@ -232,7 +233,8 @@ def rotate(x_BHTK, start):
     T, K = x_BHTK.shape[2:]
     frequency = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)
     angle_TK = jnp.tile((start + jnp.arange(T))[:, None] * frequency, 2)
-    # a product turns (a, b) into (-b, a): cutting x in two would take a TPU a fifth of the step
+    # a product turns (a, b) into (-b, a): to cut x in two would take a fifth of the step on TPU,
+    # by the compiler's estimate
     quarter_turn_KK = np.kron([[0, 1], [-1, 0]], np.eye(K // 2)).astype(x_BHTK.dtype)
     turned_BHTK = x_BHTK @ quarter_turn_KK
     return (x_BHTK * jnp.cos(angle_TK) + turned_BHTK * jnp.sin(angle_TK)).astype(x_BHTK.dtype)
@@ -246,7 +248,7 @@ def hash32(x):
 
 
 def fold(seeds_B, place):
-    """The seeds of one of several places that drop something."""
+    """Other seeds for each place in the network that drops something."""
     return None if seeds_B is None else hash32(seeds_B + np.uint32(place))
 
 
@@ -275,7 +277,10 @@ def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
 
 
 def extend(cache, k_BHTK, v_BHTK, start):
-    """Write to the cache, a ring: position p stands in slot p % S. No write may pass its end."""
+    """Write to the cache, a ring: position p stands in slot p % S.
+
+    A write must not pass the ring's end, where JAX would move it without a word.
+    """
     k_BHSK, v_BHSK = cache
     slot = start % k_BHSK.shape[2]
     write = jax.lax.dynamic_update_slice_in_dim
@@ -322,7 +327,7 @@ def blocked_attention(q_BHTK, k_BHTK, v_BHTK, block=128):
 
 
 def splash_attention(q_BHTK, k_BHTK, v_BHTK):
-    """The TPU's fused kernel, in blocks that divide T: 0.6 of the step's memory, and faster."""
+    """The TPU's fused kernel, in blocks that divide T: 0.6 of the step's memory (estimated)."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     H, T, K = q_BHTK.shape[1:]

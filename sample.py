@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 from model import Config, Decoder, Refused, atomic_write, empty_cache, load
 
-# Prompts take the very path of the training data. It is loaded from its file, under another name,
-# because `import tokenize` means the standard library's module.
+# tokenize.py, which makes tokens of prompts, too, exactly as of training data. It is loaded by its
+# path, under another name, because `import tokenize` finds the standard library's module.
 spec = importlib.util.spec_from_file_location(
     "midi_tokenize", Path(__file__).resolve().with_name("tokenize.py")
 )
@@ -160,8 +160,8 @@ class Fixed(NamedTuple):
 
     model: Decoder
     grammar: "Grammar"
-    first_V: jax.Array  # the tokens that new music may begin with
-    given: jax.Array  # how many tokens the prompt has
+    may_begin_V: jax.Array  # the tokens that new music may begin with
+    prompt_length: jax.Array  # in tokens
     keys_B: jax.Array
     temperature_B: jax.Array
 
@@ -177,7 +177,7 @@ class Music(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def read_window(model, tokens_BT, cache):
+def prefill(model, tokens_BT, cache):
     """Fill the cache with tokens that stand at positions 0, 1, ..."""
     return model(tokens_BT, cache=cache)[1]
 
@@ -185,15 +185,15 @@ def read_window(model, tokens_BT, cache):
 @functools.partial(jax.jit, donate_argnames="music", static_argnames="settings")
 def add_tokens(fixed, music, steps, settings):
     """Add `steps` tokens to all pieces. What a row draws depends on its key and length alone."""
-    model, grammar, first_V, given, keys_B, temperature_B = fixed
+    model, grammar, may_begin_V, prompt_length, keys_B, temperature_B = fixed
 
     def add_token(_, music):
         tokens_BN, length, begin, cache, open_BU = music
         last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
         logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
         goes_on_V = jnp.arange(model.cfg.vocab_size) != grammar.eos
-        allowed_V = goes_on_V | (length >= given + settings.min_tokens)
-        allowed_V &= first_V | (length > given)
+        allowed_V = goes_on_V | (length >= prompt_length + settings.min_tokens)
+        allowed_V &= may_begin_V | (length > prompt_length)
         allowed_BV = grammar.allows(last_B1[:, 0], open_BU) & allowed_V
         logits_BV = jnp.where(allowed_BV, logits_B1V[:, 0], -jnp.inf)
         token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
@@ -215,7 +215,7 @@ class Draw(NamedTuple):
 
     seed: int
     temperature: float
-    candidate: int = 0  # the first of a seed is what --best_of 1 makes of it
+    candidate: int = 0  # 0 to best_of - 1; number 0 is the piece that --best_of 1 makes
 
     def key(self):
         key = jax.random.key(self.seed)  # its tokens take fold_in(key, 1), fold_in(key, 2), ...
@@ -223,7 +223,7 @@ class Draw(NamedTuple):
 
 
 def generate(model, grammar, prompt, draws, settings, is_enough=None):
-    """Go on from a Prompt, once for each Draw: lists of ids, and the new tokens per second.
+    """Go on from a Prompt, once for each Draw: lists of ids, and the seconds that this took.
 
     A list begins with BOS, and ends with EOS if the piece came to its end. Every 32 tokens,
     `is_enough` may stop a piece by its ids.
@@ -236,18 +236,19 @@ def generate(model, grammar, prompt, draws, settings, is_enough=None):
     With rotary positions, which are relative, each new token takes the place of the oldest.
     """
     length, context, eos = len(prompt.ids), model.cfg.context, int(grammar.eos)
-    total, drop = length + settings.max_tokens, settings.window_drop or context // 2
+    total = length + settings.max_tokens
+    drop = settings.window_drop or context // 2
     begin = max(0, length - context)
     if not model.cfg.rotary:
         begin = drop * math.ceil(begin / drop)
     # how many tokens may be drawn before the window is read again
     room = math.inf if model.cfg.rotary else begin + context + 1 - length
-    fixed, music = read_prompt_once(model, grammar, prompt, draws, total=total, begin=begin)
+    fixed, music = begin_pieces(model, grammar, prompt, draws, total=total, begin=begin)
     tokens_BN = np.array(music.tokens_BN)
 
-    music = add_tokens(fixed, music, 0, settings)  # compiles
+    music = add_tokens(fixed, music, 0, settings)  # compiles, before the clock starts
     if total - length > room:
-        read_again = read_window.lower(model, tokens_BN[:, : context - drop], music.cache).compile()
+        read_again = prefill.lower(model, tokens_BN[:, : context - drop], music.cache).compile()
     started = time.perf_counter()
     with tqdm(total=len(draws) * settings.max_tokens, unit=" tokens", desc="composing") as bar:
         while length < total and (tokens_BN[:, length - 1] != eos).any():
@@ -261,32 +262,35 @@ def generate(model, grammar, prompt, draws, settings, is_enough=None):
             tokens_BN = np.array(music.tokens_BN)
             bar.update(np.count_nonzero(tokens_BN[:, length - steps : length] != eos))
             if is_enough:
-                # EOS takes the place of the last token, so this must not be what is enough
+                # EOS takes the last token's place, so that there must be enough without it
                 stops_B = [is_enough(row[: length - 1].tolist()) for row in tokens_BN]
                 tokens_BN[stops_B, length - 1] = eos
                 music = music._replace(tokens_BN=jnp.array(tokens_BN))
         bar.total = bar.n  # pieces may end early
     seconds = time.perf_counter() - started
     pieces = [row[: row.index(eos) + 1] if eos in row else row for row in tokens_BN.tolist()]
-    return pieces, sum(len(ids) - len(prompt.ids) for ids in pieces) / seconds
+    return pieces, seconds
 
 
-def read_prompt_once(model, grammar, prompt, draws, total, begin):
-    """What stays fixed, and Music of `total` tokens at most, whose window begins at `begin`."""
+def begin_pieces(model, grammar, prompt, draws, total, begin):
+    """What stays fixed, and Music of `total` tokens at most, whose window begins at `begin`.
+
+    The prompt is read once, and its cache copied for every piece.
+    """
     rows, length = len(draws), len(prompt.ids)
     tokens_BN = np.full((rows, total), grammar.eos, np.int32)
     tokens_BN[:, :length] = prompt.ids
-    dtype, slots = jax.tree.leaves(model)[0].dtype, min(model.cfg.context, total)
-    cache = empty_cache(model.cfg, 1, dtype, slots)
+    dtype = jax.tree.leaves(model)[0].dtype
+    cache = empty_cache(model.cfg, 1, dtype, slots=min(model.cfg.context, total))
     if length - 1 > begin:
-        cache = read_window(model, tokens_BN[:1, begin : length - 1], cache)
-    one = cache, grammar.after(prompt.ids)  # for all pieces begin alike
-    cache, open_BU = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), one)
+        cache = prefill(model, tokens_BN[:1, begin : length - 1], cache)
+    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), cache)
+    open_BU = jnp.repeat(grammar.after(prompt.ids), rows, axis=0)
     music = Music(jnp.array(tokens_BN), jnp.int32(length), jnp.int32(begin), cache, open_BU)
     temperature_B = np.array([draw.temperature for draw in draws], np.float32)
     keys_B = jnp.stack([draw.key() for draw in draws])
-    first_V, given = jnp.array(prompt.first_V), jnp.int32(length)
-    return Fixed(model, grammar, first_V, given, keys_B, temperature_B), music
+    may_begin_V = jnp.array(prompt.may_begin_V)
+    return Fixed(model, grammar, may_begin_V, jnp.int32(length), keys_B, temperature_B), music
 
 
 # ---- the grammar of music, as a mask over tokens -------------------------------------------------
@@ -340,7 +344,8 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
     """The grammar of this tokenizer's tokens, without notes of other pitch classes."""
     names_U = np.array(midi_tokenize.base_names(tokenizer))
     kind_U = np.array([name.split("_")[0] for name in names_U])
-    special_U, moves_U = np.isin(names_U, tokenizer.special_tokens), np.isin(kind_U, MOVES)
+    special_U = np.isin(names_U, tokenizer.special_tokens)
+    moves_U = np.isin(kind_U, MOVES)
     wrong = [f"Pitch_{pitch}" for pitch in range(128) if pitch % 12 not in pitch_classes]
     wrong_U = np.isin(names_U, wrong)
 
@@ -360,8 +365,9 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
     closes_UU = np.tril(same_kind_UU & np.isin(kind_U, ["Pitch", "Position"]))
     opens_UU = np.outer(moves_U, kind_U == "Pitch")
     opens_UU |= np.outer(kind_U == "Bar", kind_U == "Position")
-    # and a metre those that its bar, of so many beats, does not have
-    number_U = np.array([int((re.findall(r"_(\d+)", name) or [0])[0]) for name in names_U])
+    # and a time signature those positions that its bar is too short for
+    matches = [re.search(r"_(\d+)", name) for name in names_U]
+    number_U = np.array([int(match[1]) if match else 0 for match in matches])
     place_U = np.where(kind_U == "Position", number_U, -1)
     beats_U = np.where(kind_U == "TimeSig", number_U, np.inf)
     closes_UU |= place_U >= beats_U[:, None] * tokenizer.config.max_num_pos_per_beat
@@ -369,7 +375,7 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
 
     needs_VU, opens_VU, closes_VU = np.zeros((3, len(tokenizer), len(names_U)), bool)
     first_V, last_V = np.zeros((2, len(tokenizer)), int)
-    usable_V = np.zeros(len(tokenizer), bool)  # BPE has one token of nothing
+    usable_V = np.zeros(len(tokenizer), bool)  # BPE has one id that stands for nothing
     for token, names in enumerate(base_tokens(tokenizer)):
         parts = [tokenizer.vocab[name] for name in names]
         for part in parts:
@@ -380,7 +386,8 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
         if parts:
             first_V[token], last_V[token] = parts[0], parts[-1]
             usable_V[token] = not wrong_U[parts].any()
-    needs_VU, follows_VU, eos = np.float32(needs_VU), follows_UU[last_V], tokenizer["EOS_None"]
+    follows_VU, eos = follows_UU[last_V], tokenizer["EOS_None"]
+    needs_VU = np.float32(needs_VU)  # `allows` multiplies by it
     grammar = Grammar(usable_V, first_V, needs_VU, follows_VU, opens_VU, closes_VU, eos)
     return jax.tree.map(jnp.array, grammar)
 
@@ -388,7 +395,7 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
 def assert_no_dead_end(follows_UU, opens_UU, closes_UU, kind_U):
     """Something may follow in every state: where nothing may, tokens would be drawn at random."""
     open_UU = np.ones_like(follows_UU)  # after each base token, whatever came before it
-    for _ in set(kind_U):
+    for _ in set(kind_U):  # what is closed spreads by a kind a round
         closed_before_UU = follows_UU.T.astype(np.float32) @ ~open_UU > 0  # by any way to it
         open_UU = (~closed_before_UU | opens_UU) & ~closes_UU
     stuck_U = ~(follows_UU & open_UU).any(axis=1) & (kind_U != "EOS")
@@ -413,7 +420,7 @@ class Prompt(NamedTuple):
     """What all pieces begin with."""
 
     ids: list  # BOS first
-    first_V: np.ndarray | bool = True  # the tokens that new music may begin with
+    may_begin_V: np.ndarray | bool = True  # the tokens that new music may begin with
     notes: int = 0  # how many it has
     seconds: float = 0.0  # when new music begins
     title: str = ""
@@ -441,7 +448,7 @@ def file_ids(args, tokenizer, grammar):
     """Of a MIDI file, the part that the flags ask for, as ids."""
     score = midi_tokenize.read_midi(args.prompt)
     if args.prompt_bars:
-        midi_tokenize.prepare(score, tokenizer)  # refuses what has bars for years
+        midi_tokenize.prepare(score, tokenizer)  # refuses files that say they last for years
         try:
             bar_lines = [*get_bars_ticks(score), score.end()]
         except ArithmeticError as error:
@@ -449,7 +456,8 @@ def file_ids(args, tokenizer, grammar):
         piano = [track for track in score.tracks if not track.is_drum]
         first = min(note.time for track in piano for note in track.notes)
         empty_bars = np.searchsorted(bar_lines, first, side="right") - 1  # a count-in, say
-        bar_line = bar_lines[: empty_bars + args.prompt_bars + 1][-1]
+        last = min(empty_bars + args.prompt_bars, len(bar_lines) - 1)
+        bar_line = bar_lines[last]
         for track in score.tracks:  # whose pedal goes on: it holds notes across the bar line
             track.notes = [note for note in track.notes if note.time < bar_line]
     score = midi_tokenize.prepare(score, tokenizer)
@@ -540,35 +548,38 @@ def text_to_score(args):
 def encode_text(score, end, tokenizer, grammar):
     """A Score and its end in ticks -> its Prompt: new music begins at the end, after any rest.
 
-    Tokens only say when notes begin, so an unused key is struck at the end: the moves to it, Bar
-    and Position, are left to the first new token, in which BPE may have joined them with a note.
-    In training data they seldom stand alone. Only where no token begins with all of them, the
-    first ones are given. The same key, struck at the begin, keeps a rest there.
+    Tokens say when notes begin, but not when music ends. So a marker is put at the end: a note of
+    a key that the text does not use. The tokens that lead to it, Bar and Position, are left out of
+    the prompt, for in training data BPE has mostly joined them with the note that follows: the
+    first new token has to begin with them. Where no token begins with all of them, the prompt gets
+    the first of them, and so on. A second marker at time 0 keeps `prepare` from cutting a rest.
     """
     grid = tokenizer.config.max_num_pos_per_beat
     step = score.ticks_per_quarter / grid * max(1, score.tempos[0].qpm / 120)  # of the grid
     end = max(end, math.ceil(step))
-    unused = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
-    score.tracks[0].notes.extend([Note(0, 1, unused, 64), Note(end, 1, unused, 64)])
+    marker = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
+    score.tracks[0].notes.extend([Note(0, 1, marker, 64), Note(end, 1, marker, 64)])
     score = midi_tokenize.prepare(score, tokenizer)
     seconds, track = notes_of(score)["time"][-1], score.tracks[0]
-    track.notes = [note for note in track.notes if note.pitch != unused or note.time > 0]
+    track.notes = [note for note in track.notes if note.pitch != marker or note.time > 0]
     base = midi_tokenize.base_ids(score, tokenizer)
     names = np.array(midi_tokenize.base_names(tokenizer))[base]
     kinds = [name.split("_")[0] for name in names]
     last, mark = np.flatnonzero(np.array(kinds) == "Pitch")[-2:]
     moves = next(place for place in range(last, mark + 1) if kinds[place] in MOVES or place == mark)
-    [given] = midi_tokenize.add_bpe([base[:moves]], tokenizer)
-    ids, first_V, all_parts = [tokenizer["BOS_None"], *given], True, base_tokens(tokenizer)
+    [notes] = midi_tokenize.add_bpe([base[:moves]], tokenizer)
+    ids = [tokenizer["BOS_None"], *notes]
+    may_begin_V = True
+    all_parts = base_tokens(tokenizer)
     for begun in range(moves, mark):
         missing = names[begun:mark].tolist()
-        ids = [tokenizer["BOS_None"], *given, *base[moves:begun].tolist()]
+        ids = [tokenizer["BOS_None"], *notes, *base[moves:begun].tolist()]
         allowed_V = grammar.allows(jnp.array(ids[-1:]), grammar.after(ids))[0]
         fits_V = [parts[: len(missing)] == missing for parts in all_parts]
-        first_V = np.array(allowed_V) & fits_V
-        if first_V.any():
+        may_begin_V = np.array(allowed_V) & fits_V
+        if may_begin_V.any():
             break
-    return Prompt(ids, first_V, len(track.notes) - 1, seconds)
+    return Prompt(ids, may_begin_V, len(track.notes) - 1, seconds)
 
 
 # ---- music to files ------------------------------------------------------------------------------
@@ -636,8 +647,10 @@ def finish(draw, ids, prompt, seconds, tokenizer):
     count = np.searchsorted(onsets, prompt.seconds + seconds)
     if count <= prompt.notes:
         raise Refused("no new note")
-    in_time, has_end = bool(count == len(onsets)), ids[-1] == tokenizer["EOS_None"]
-    score, cut = first_notes(score, count), in_time and not has_end
+    in_time = bool(count == len(onsets))
+    has_end = ids[-1] == tokenizer["EOS_None"]
+    cut = in_time and not has_end
+    score = first_notes(score, count)
     points, figures = judge(notes_of(score), prompt.notes, in_time and has_end)
     return Piece(draw, score, prompt.notes, cut, points=points, figures=figures)
 
@@ -646,7 +659,7 @@ def without_prompt(piece):
     """The Piece as if it began with its new notes, in the tempo, metre and pedal of that moment."""
     whole = piece.score.tracks[0]
     begin = whole.notes[piece.given].time
-    score = piece.score.clip(begin, piece.score.end() + 1)  # has tempo and metre at its begin
+    score = piece.score.clip(begin, piece.score.end() + 1)  # has tempo and metre at its start
     score.tracks[0].notes = whole.notes[piece.given :]
     for pedal in whole.pedals:
         if pedal.time < begin < pedal.end:
@@ -655,7 +668,7 @@ def without_prompt(piece):
 
 
 def bar_seconds(score):
-    """How long a bar takes at the begin of a piece."""
+    """How long a bar takes at the start of a piece."""
     beats = 4.0
     if score.time_signatures:
         beats = 4 * score.time_signatures[0].numerator / score.time_signatures[0].denominator
@@ -758,9 +771,10 @@ def longest_loop(notes):
 
 
 def most_strikes(notes):
-    """How many times running a key is struck, at the most, never 0.4 s apart."""
+    """The most times running that one key is struck, each within 0.4 s of the one before."""
     order = np.lexsort((notes["time"], notes["pitch"]))
-    same_key, near = np.diff(notes["pitch"][order]) == 0, np.diff(notes["time"][order]) < 0.4
+    same_key = np.diff(notes["pitch"][order]) == 0
+    near = np.diff(notes["time"][order]) < 0.4
     begins, ends = runs(same_key & near)
     return (ends - begins).max(initial=0) + 1
 
@@ -796,7 +810,8 @@ def read_intervals(folder, tokenizer, tokenizer_sha256):
 
 def longest_copy(pitches, known):
     """How many successive notes, at the most, also stand in the training music, in whatever key."""
-    steps, length = intervals(pitches), 0
+    steps = intervals(pitches)
+    length = 0
     for begin in range(len(steps)):
         while begin + length < len(steps) and steps[begin : begin + length + 1] in known:
             length += 1
@@ -833,16 +848,14 @@ def load_run(folder):
         return {"model": Decoder(Config(**facts["config"]), jax.random.key(0))}
 
     trees, facts = load(path, like)
-    model, tokenizer = trees["model"], midi_tokenize.load_tokenizer(folder / "tokenizer.json")
+    model = trees["model"]
+    tokenizer = midi_tokenize.load_tokenizer(folder / "tokenizer.json")
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     if facts.get("tokenizer_sha256") != digest or len(tokenizer) != model.cfg.vocab_size:
         raise Refused(f"{folder}: tokenizer.json is not the one that the model was trained with")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model)):
         raise Refused(f"{path}: not all of its weights are numbers: training has diverged")
-    flags = facts.get("flags", {})
-    if not facts.get("step") and not flags.get("init_from"):
-        print(f"{path} has not been trained: expect noise")
-    precision = flags.get("precision", "float32")
+    precision = facts.get("flags", {}).get("precision", "float32")
     if jax.default_backend() == "cpu":
         precision = "float32"  # which is fastest there
     model = jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
@@ -862,7 +875,8 @@ def make_folder(args):
 
 def compose(args, model, tokenizer, grammar, prompt):
     """For each seed and temperature, the Pieces to choose from, by name; and tokens per second."""
-    draws, seconds = [], args.seconds or math.inf
+    draws = []
+    seconds = args.seconds or math.inf
     for seed in dict.fromkeys(range(args.num_samples) if args.num_samples else args.seeds):
         for temperature in dict.fromkeys(args.temperatures):
             count = args.best_of if temperature > 0 else 1  # greedy, all would be the same
@@ -874,11 +888,12 @@ def compose(args, model, tokenizer, grammar, prompt):
 
     settings = Settings(*(getattr(args, name) for name in Settings._fields))
     stop = is_enough if args.seconds else None
-    drawn, speeds, choices = [], [], {}
+    drawn, took, choices = [], 0.0, {}
     for begin in range(0, len(draws), AT_ONCE):
         some = draws[begin : begin + AT_ONCE]
-        made, speed = generate(model, grammar, prompt, some, settings, stop)
-        drawn, speeds = drawn + made, [*speeds, speed]
+        made, more_seconds = generate(model, grammar, prompt, some, settings, stop)
+        drawn += made
+        took += more_seconds
     for draw, ids in zip(draws, drawn):
         try:
             piece = finish(draw, ids, prompt, seconds, tokenizer)
@@ -886,7 +901,8 @@ def compose(args, model, tokenizer, grammar, prompt):
             print(f"seed {draw.seed}, draw {draw.candidate + 1}: left out: {error}")
         else:
             choices.setdefault(piece.name, []).append(piece)
-    return choices, np.mean(speeds)
+    new_tokens = sum(len(ids) - len(prompt.ids) for ids in drawn)
+    return choices, new_tokens / took
 
 
 def main(args):
@@ -916,7 +932,8 @@ def main(args):
     except OSError as error:
         raise Refused(f"--out {args.out}: not all was written ({error.strerror})") from error
     for piece in pieces:
-        print(f"{piece.name}: " + "; ".join(map(": ".join, piece.figures.items())))
+        figures = [f"{name}: {text}" for name, text in piece.figures.items()]
+        print(f"{piece.name}: {'; '.join(figures)}")
     print(f"tokens_per_second={tokens_per_second:.1f}", *paths, sep="\n")
 
 

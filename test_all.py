@@ -1687,8 +1687,8 @@ def test_fine_tuning_starts_from_the_weights(markov, trained, tmp_path, capsys):
     flags = "--init_from", older, "--eval_every", 1, "--max_hours", 0  # the first step's rate is 0
     run_train("--data", markov, "--run", run, *DEFAULT, *flags)
     assert log_of(run)[1] > math.log(64) + 1  # worse than a guess
-    nats = log_of(run, "val_nats_per_note")[1]
-    assert f"before fine-tuning: val_nats_per_note={nats:.4f}" in capsys.readouterr().out
+    nats = log_of(run, "val_nats_per_note")
+    assert nats[0] == nats[1]  # before and after a step of no length
     assert_same_arrays(older, run / "best.ckpt")
     worse = tmp_path / "worse"  # and goes back to them where nothing was better
     flags = "--init_from", trained / "best.ckpt", "--steps", 2, "--warmup", 0
@@ -2271,13 +2271,6 @@ def test_sample_seed_decides_the_music_and_all_compiles_before_the_count(monkeyp
     assert len(set(warm[0])) > 50  # each token has dice of its own
 
 
-def test_sample_says_where_nothing_was_trained(tmp_path, capsys, etude_data, remi):
-    for flags, warns in ({}, True), ({"init_from": "docs/asap/best.ckpt"}, False):
-        save_run(tmp_path, untrained(len(remi)), etude_data, step=0, flags=flags)
-        sample.load_run(tmp_path)
-        assert ("expect noise" in capsys.readouterr().out) == warns
-
-
 def test_sample_many_draws_are_made_in_turns_of_as_many_as_fit(monkeypatch, tmp_path, sample_run):
     made, generate = {}, mock.Mock(wraps=sample.generate)
     monkeypatch.setattr(sample, "generate", generate)
@@ -2754,7 +2747,7 @@ def bench_sample(tokens=100):
         decoder = jax.jit(lambda key: model.Decoder(own, key))(jax.random.key(0))
         prompt, draws = sample.Prompt(ids[:given]), [sample.Draw(seed, 1.0) for seed in range(rows)]
         make = lambda: sample.generate(decoder, free, prompt, draws, sample.Settings(count))
-        return max(make()[1] for _ in range(2))
+        return rows * count / min(make()[1] for _ in range(2))
 
     for rows in (1, 8):
         print(f"first {tokens} tokens, batch {rows}: {ours(rows):.1f}", flush=True)

@@ -8,7 +8,8 @@
 RUN receives last.ckpt, best.ckpt (which sample.py plays), log.csv and loss.png.
 """
 
-# Shapes: A micro-batches, B rows (windows of tokens), T tokens, V vocabulary, as in model.py.
+# Shapes: A micro-batches, B rows (windows), T tokens that the model sees, V vocabulary, as in
+# model.py. A window has T + 1 tokens: each of the first T is followed by what is to be predicted.
 
 import os
 import signal
@@ -58,7 +59,7 @@ RECIPES = {  # flags that a recipe sets, unless they are typed
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
-# Given weights decide all fields of Config but these; each but the first has a flag of its name.
+# A checkpoint decides all fields of Config but these; each but vocab_size has a flag of its name.
 NOT_GIVEN = "vocab_size", "dropout", "attention"
 NETWORK = tuple(name for name in Config.__annotations__ if name not in NOT_GIVEN)
 THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # not resumed
@@ -181,7 +182,7 @@ class Data:
             self.tokenizer = (self.folder / "tokenizer.json").read_bytes()
             for side in ("train", "val"):
                 self.tokens[side] = np.memmap(self.folder / f"{side}.bin", self.meta["dtype"], "r")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise Refused(f"--data: {error}; python tokenize.py SOURCE --out {folder}") from error
         self.music = {side: self.meta[side] for side in ("train", "val")}
         self.sha256 = self.meta["tokenizer_sha256"]
@@ -222,7 +223,10 @@ REPLICATED, ROWS, MICRO_ROWS = PartitionSpec(), PartitionSpec("data"), Partition
 
 
 def token_losses(model, tokens_BT, seeds_B, precision):
-    """Nats of every token but each row's first, float32 [B * T], computed in `precision`."""
+    """The loss in nats of every next token of windows [B, T + 1]: float32 [B * T].
+
+    The network computes in `precision`.
+    """
     model = jax.tree.map(lambda weights: weights.astype(precision), model)
     logits_BTV, _ = model(tokens_BT[:, :-1], seeds_B)
     logits = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # flat: a third faster on CPU
@@ -260,10 +264,11 @@ def are_matrices(model):
 
 
 def orthogonalize(momentum, mesh):
-    """Each matrix as one that turns and hardly stretches: five Newton-Schulz steps (Jordan 2024).
+    """Replace each matrix by a nearly orthogonal one with the same singular vectors.
 
-    The root mean square of the entries is 0.2, as AdamW's (Liu et al. 2025). Matrices of one shape
-    are stacked, every device does its share of the stack, and all get all.
+    Five Newton-Schulz steps (Jordan 2024) make it; its entries have a root mean square of 0.2, like
+    AdamW's updates (Liu et al. 2025). Matrices of one shape, R by C, are stacked to [N, R, C]. Each
+    device works on its share of the stack, and all_gather gives all of it to every device.
     """
 
     def newton_schulz(x_NRC):
@@ -374,24 +379,28 @@ def train(args, data, mesh, saved):
     schedule, optimizer = make_schedule(args), make_optimizer(args, mesh)
     train_step, eval_step = make_train_step(args, mesh, optimizer), make_eval_step(args, mesh)
     state, facts = fresh_or_restored(args, data, mesh, optimizer, saved)
-    run, first, rows = Path(args.run), facts["step"], facts["rows"]
+    run, first = Path(args.run), facts["step"]
+    rows = list(facts["rows"])
     is_main = jax.process_index() == 0  # of several hosts, one writes
     introduce(args, data, mesh, state["model"], first)
     if args.init_from and not args.resume:
         before = evaluate(args, data, mesh, eval_step, state["model"])
-        print(f"before fine-tuning: val_nats_per_note={before['val_nats_per_note']:.4f}")
-        facts |= {"given_loss": before["val_nats_per_token"], "best": before["val_nats_per_note"]}
         rows.append({"step": 0, "seconds": 0.0} | before)
+        facts |= {"given_loss": before["val_nats_per_token"], "best": before["val_nats_per_note"]}
+        facts["rows"] = rows
         if is_main:  # the best, until training finds better ones
             save(run / "best.ckpt", {"model": state["model"]}, **facts)
             save(run / "last.ckpt", state, **facts)
+            record(args, rows)
     stop, began = Stop(args.max_hours), time.time() - facts["seconds"]
     batch = put(mesh, MICRO_ROWS, data.batch(args, first))
     if first < args.steps:  # compiled before tokens per second are counted
         train_step = train_step.lower(state, batch, np.uint32(first)).compile()
-    guess = np.log(data.meta["vocab_size"])  # the loss, in nats, of guessing at random
-    limit = max(guess + 1, 1.5 * facts["given_loss"])
-    lap_began, steps = time.time(), range(first, args.steps)
+    # a loss above this is no learning: a nat more than guessing at random, or half as much again
+    # as that of the weights given by --init_from, which may begin worse than a guess
+    limit = max(np.log(data.meta["vocab_size"]) + 1, 1.5 * facts["given_loss"])
+    lap_began = time.time()
+    steps = range(first, args.steps)
     for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
         state, metrics = train_step(state, batch, np.uint32(step))
         done = step + 1
@@ -412,7 +421,7 @@ def train(args, data, mesh, saved):
         row["seconds"] = round(time.time() - began, 1)
         rows.append(row)
         stop_if_diverged(args, row, limit)
-        facts |= {"step": done, "seconds": row["seconds"]}
+        facts |= {"step": done, "seconds": row["seconds"], "rows": rows}
         is_best = evaluating and row["val_nats_per_note"] < facts["best"]
         if is_best:
             facts["best"] = row["val_nats_per_note"]
@@ -474,7 +483,7 @@ class Stop:
 
 
 def stop_if_diverged(args, row, limit):
-    """Held-out music may be twice as bad as `limit` nats: overfitting is no divergence."""
+    """Exit if a loss, in nats, or the gradient has. Overfitting may double the held-out loss."""
     losses_fit = row["train_loss"] < limit and row.get("val_nats_per_token", 0) < 2 * limit
     if not (losses_fit and np.isfinite(row["grad_norm"])):
         sys.exit(
@@ -517,7 +526,7 @@ def find_devices(multihost):
 
 
 def keep_freed_memory():
-    """Have glibc use freed memory again. Linux clears what is new, for a fifth of a step on CPU."""
+    """Have glibc keep freed memory: to clear new memory takes Linux a fifth of a step on CPU."""
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
     with contextlib.suppress(OSError, AttributeError):  # another system or C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -534,7 +543,8 @@ def computes_in_bfloat16(device):
 
 def choose_attention(args, device):
     """The fastest attention that works here: what its shapes allow and the compiler accepts."""
-    K, fused = args.dim // args.heads, "xla"
+    K = args.dim // args.heads
+    fused = "xla"
     if args.precision == "bfloat16" and device.platform == "tpu":
         if args.context % 128 == 0 and device.device_kind not in ("TPU v2", "TPU v3"):
             fused = "splash"
@@ -549,8 +559,8 @@ def choose_attention(args, device):
         return fused
     extra = "tpu" if fused == "splash" else "cuda13"
     print(
-        f"{fused} attention does not compile here ({error[:120]}): plain attention takes up to "
-        "1.5 times the time and 1.6 times the memory. The cure, in a fresh session, before "
+        f"{fused} attention does not compile here ({error[:120]}): plain attention takes more time "
+        "and memory. The cure, in a fresh session, before "
         f'anything imports jax: pip install "jax[{extra}]=={jax.__version__}"'
     )
     return "xla"
@@ -612,7 +622,7 @@ def fresh_or_restored(args, data, mesh, optimizer, saved):
     facts |= {
         "flags": {name: value for name, value in vars(args).items() if name not in THIS_LAUNCH},
         "config": dataclasses.asdict(state["model"].cfg) | {"attention": "xla"},  # works anywhere
-        # the same when both are moved; RUN may be a link
+        # relative to RUN, which may be a link: both can be moved together
         "data": os.path.relpath(data.folder, os.path.realpath(args.run)),
         "music": data.music,
         "tokenizer_sha256": data.sha256,
@@ -647,8 +657,9 @@ def draw_curve(path, rows):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="nats per token")
     for name, style in (("train_loss", "-"), ("val_nats_per_token", "o-")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points), style, label=name)
+        steps = [row["step"] for row in rows if name in row]
+        losses = [row[name] for row in rows if name in row]
+        axes.plot(steps, losses, style, label=name)
     axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, dpi=120)
@@ -720,7 +731,8 @@ def main(argv):
     args, saved = parse_flags(argv, devices)
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise Refused("--wandb: pip install wandb")
-    run, source = Path(args.run), f"{args.run}/last.ckpt" if args.resume else args.init_from
+    run = Path(args.run)
+    source = f"{run}/last.ckpt" if args.resume else args.init_from
     if not args.resume and (any(run.glob("*.ckpt")) or (run / "meta.json").exists()):
         raise Refused(f"--run {run}: holds data or a run; go on with --resume, or name another")
     data = Data(args.data, args.context)
@@ -773,5 +785,7 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head -1` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except FileNotFoundError:  # a mistake in here
+        raise
     except OSError as error:  # a full disk, say
         make_parser().error(f"{error}; the checkpoints that were saved before are whole")
