@@ -268,12 +268,16 @@ BY_HAND = {  # what it is: (the file, its notes as worked out by hand: onset, pi
     "a release was lost": (timed(STUCK + note(480, 96) + note(960, 96)), [(0, 60, 0.5), (0.5, 60, 0.1), (1, 60, 0.1)]),
     "and all notes off at last": (timed(STUCK + note(480, 96) + note(960, 96) + control(1900, 123, 0)),
                                   [(0, 60, 0.5), (0.5, 60, 0.1), (1, 60, 0.1)]),
+    "and strikes come before releases": (timed(STUCK + [(480 * n, b"\x90\x3c\x50") for n in (2, 3, 4)]
+                                               + [(480 * n, b"\x80\x3c\0") for n in (3, 4, 5)]),
+                                         [(0, 60, 1), (1, 60, 0.5), (1.5, 60, 0.5), (2, 60, 0.5)]),
     "struck twice, let go once": (timed(STUCK + note(0, 96) + note(960, 96)), [(0, 60, 0.1), (1, 60, 0.1)]),
     "a chain of overlaps, never let go": (timed(note(0, 500) + note(480, 480) + [(1440, STUCK[0][1])] + UP),
                                           [(0, 60, 0.5), (0.5, 60, 0.5), (1.5, 60, 0.479)]),
     "the pedal on a channel of its own": (timed(ONE, control(0, 64, 127, 2) + control(1900, 64, 0, 2)), HELD),
     "messages of a live stream": (timed(ONE + [(5, b"\xf8"), (6, b"\xf1\5"), (7, b"\xf2\1\2"), (8, b"\xfe")]), PLAIN),
     "velocity 0 lets go": (timed(STUCK + [(200, b"\x90\x3c\0")] + note(960, 200, 64)), PLAIN),
+    "a volume above 127": (timed(ONE + control(0, 7, 255)), PLAIN),
     "drums are not heard": (timed(ONE + note(0, 99, 40, 9)), PLAIN),
     "running status after SysEx": (midi_bytes([(0, b"\x90\x3c\x50"), (200, b"\x3c\0"), (0, b"\xf0\x02a\xf7"),
                                                (760, b"\x40\x50"), (0, b"\xff\x01\x01a"), (200, b"\x40\0")]), PLAIN),
@@ -412,6 +416,17 @@ def test_pedal_tokens_are_down_where_the_pedal_of_any_track_is(tmp_path):
     assert [pedal.end for pedal in sample.first_notes(score, 2).tracks[0].pedals] == [36]
 
 
+def test_pedal_tokens_tell_changes_of_the_pedal_from_one_long_pedal(tmp_path):
+    """As scores have them: up, and down again at once."""
+    moves = [move for at in (0, 960, 1920) for move in control(at, 64, 0) + control(at + 3, 64, 127)]
+    (tmp_path / "a.mid").write_bytes(timed(note(0, 3000), moves + control(2880, 64, 0)))
+    tokenizer = T.build_tokenizer(sustain_pedals=True)
+    score = T.prepare(T.read_midi(tmp_path / "a.mid"), tokenizer)
+    for heard in score, tokenizer.decode([T.encode(score, tokenizer)]):
+        pedals = [(pedal.time, pedal.end) for pedal in heard.tracks[0].pedals]
+        assert pedals == [(0, 47), (48, 95), (96, 144)]
+
+
 KINDS = {"tempos": "Tempo", "chords": "Chord"}
 KINDS |= {"sustain_pedals": "Pedal", "time_signatures": "TimeSig"}
 OPTIONS = [{}, {"beat_res": 12}, {"num_velocities": 5}, *({name: True} for name in KINDS)]
@@ -460,6 +475,15 @@ def test_a_first_metre_after_the_start_counts_from_there(tmp_path):
     score.time_signatures[-1].numerator = 9
     with pytest.raises(T.Refused, match="its metre 9/4"):
         T.prepare(score, tokenizer)
+
+
+def test_a_tempo_that_no_token_has_is_refused(tmp_path):
+    """A fermata as a beat of six seconds, which miditok would make four."""
+    (tmp_path / "a.mid").write_bytes(timed(ONE, tempo(480, 6_000_000)))
+    score = T.read_midi(tmp_path / "a.mid")
+    assert notes_of(T.prepare(score, T.build_tokenizer()))[1][0] == 6.5 * 48
+    with pytest.raises(T.Refused, match="its tempo: 10 bpm"):
+        T.prepare(score, T.build_tokenizer(tempos=True))
 
 
 def test_the_silence_before_a_performance_is_cut_and_a_score_keeps_its_bars():
@@ -801,6 +825,31 @@ def test_a_take_that_joins_its_piece_moves_no_file(tmp_path):
     first, second, third, forgetful = found
     assert first.items() < second.items() < third.items() and len(third) == 60
     assert not first.items() <= forgetful.items()  # a new folder draws anew
+
+
+def test_a_file_that_joins_held_out_music_to_trained_music_has_all_trained_on(tmp_path):
+    """A recital, say: what the run before was trained on must not be held out from the next."""
+    source, data = tmp_path / "set", tmp_path / "data"
+    write_files(source, {f"{n}.mid": take_of(n) for n in range(20)})
+
+    def tokenize():
+        run_tokenize(source, "--vocab_size", 0, "--val_fraction", 0.3, "--out", data)
+        with open(data / "takes.csv", encoding="utf-8") as table:
+            return {row["file"]: row["side"] for row in csv.DictReader(table)}
+
+    before = tokenize()
+    held_out = [name for name in before if before[name] == "val"]
+    trained_on = [name for name in before if before[name] == "train"]
+    joined = held_out[0], trained_on[-1]
+    assert joined == tuple(sorted(joined))  # not the first one's side counts
+    recital, end = [], 0
+    for name in joined:
+        notes = Score.from_file(source / Path(name).name).tracks[0].notes
+        recital += [(end + n.time, n.duration, n.pitch, n.velocity) for n in notes]
+        end = recital[-1][0] + 480
+    write_files(source, {"recital.mid": make_score(recital).dumps_midi()})
+    expected = before | dict.fromkeys(joined, "train")
+    assert tokenize().items() > expected.items()
 
 
 def test_a_corrected_file_stays_on_its_side(tmp_path):
@@ -2116,7 +2165,8 @@ def test_sample_prompt_is_cut_by_tokens_seconds_and_bars(tmp_path, remi):
     assert prompt("--prompt_bars", "1").notes == 6
     assert prompt("--prompt_bars", "3").notes == 20
     assert prompt("--prompt_bars", "99").ids == whole.ids
-    late = make_score([(note[0] + 5 * 1440, *note[1:]) for note in hands[0]], metre=[(0, 3, 4)])
+    start = 5 * 1440 - 8  # after a count-in, a little too early
+    late = make_score([(note[0] + start, *note[1:]) for note in hands[0]], metre=[(0, 3, 4)])
     late.dump_midi(tmp_path / "late.mid")
     assert prompt("--prompt_bars", "2", name="late.mid").notes == 6  # silence is no bar
     pedal = [T.ControlChange(1060, 64, 127), T.ControlChange(1540, 64, 0)]

@@ -375,9 +375,9 @@ def read_chunk(data, at, size, events, ends):
             if status < 0xC0 or status >= 0xE0:  # the others have one byte
                 second = data[at]
                 at += 1
-            if first > 127 or second > 127:
-                raise Refused("not a whole MIDI file: a data byte above 127")
             if status < 0xA0 or 0xB0 <= status < 0xC0 and (first == 64 or first >= 120):
+                if first > 127 or second > 127:  # elsewhere, players ignore it
+                    raise Refused("not a whole MIDI file: a data byte above 127")
                 events.append((tick, chunk, status, port, first, second))
         elif status == 0xFF:
             first = data[at]
@@ -416,7 +416,8 @@ def play(events, ends, ticks_per_beat, lost=()):
     """Events in order -> Score: which keys go down on each channel, for how long, and the pedal.
 
     A release ends its key's oldest open note. Of keys for which one was `lost`, each note ends the
-    last: else all later ones would be late.
+    last: else all later ones would be late. The sostenuto pedal is not heard: in 228 takes of ASAP,
+    13 notes would be longer.
     """
     tempos, metres = {}, {0: TimeSignature(0, 4, 4)}  # by tick, so that the last one counts
     notes = defaultdict(list)  # of each channel
@@ -441,7 +442,9 @@ def play(events, ends, ticks_per_beat, lost=()):
         if status < 0xA0:
             key = channel, chunk, first
             strikes = status >= 0x90 and second > 0
-            if struck[key] and (key in lost or not strikes):
+            # has a strike at this very tick ended the note that this release means?
+            is_done = not strikes and key in lost and last_release.get(key) == tick
+            if struck[key] and not is_done and (key in lost or not strikes):
                 release(key, tick)
             if strikes:
                 struck[key].append((tick, second))
@@ -515,6 +518,7 @@ def prepare(score, tokenizer):
     track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
     if config.use_sustain_pedals:
         down, up = np.round(pedal).clip(0, end.max() + MAX_SILENCE * grid)
+        up = np.minimum(up, np.append(down[1:], np.inf) - 1)  # miditok joins those that touch
         track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
     prepared.tracks.append(track)
     tempos, metres = {0: Tempo(0, 120)}, {}  # by position, so that the last one counts
@@ -525,6 +529,10 @@ def prepare(score, tokenizer):
                 event.time = round(event.time * grid / score.ticks_per_quarter)
                 if event.time <= end.max():
                     kept[event.time] = event
+    slowest, fastest = config.tempo_range
+    for tempo in tempos.values():
+        if not slowest <= round(tempo.qpm) <= fastest:  # miditok would take the nearest
+            raise Refused(f"no token has its tempo: {tempo.qpm:.4g} bpm")
     for metre in metres.values() if config.use_time_signatures else ():
         if (metre.numerator, metre.denominator) not in tokenizer.time_signatures:
             raise Refused(f"no token has its metre {metre.numerator}/{metre.denominator}")
@@ -904,15 +912,18 @@ def choose_sides(takes, known, val_fraction, seed):
     """Give every take the side of its piece, "train" or "val", so that names do not count.
 
     A published side stays, and so does that of a piece in the data folder that is replaced (known:
-    tag or name -> side): what is added or corrected moves nothing. Others draw, by the smallest tag
-    of the piece.
+    tag or name -> side): what is added or corrected moves nothing, but where it joins pieces of
+    both sides, all of which is trained on then. Others draw, by the smallest tag of the piece.
     """
     tags, sides, draws = {}, {}, {}  # of each piece; draws from 0 to 1
+    by_tag, by_name = defaultdict(set), defaultdict(set)  # the known sides of each piece
     for take in takes:
         tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
-        sides[take.piece] = sides.get(take.piece) or known.get(take.tag)
-    for take in takes:
-        sides[take.piece] = sides[take.piece] or known.get(take.name)
+        by_tag[take.piece].add(known.get(take.tag))
+        by_name[take.piece].add(known.get(take.name))
+    for piece in tags:
+        found = by_tag[piece] - {None} or by_name[piece] - {None}
+        sides[piece] = min(found, default=None)  # "train", if it is one of them
     for piece, tag in tags.items():
         digest = hashlib.sha256(f"{seed} {tag}".encode()).hexdigest()
         draws[piece] = int(digest, 16) / 2**256
