@@ -994,22 +994,22 @@ function stringOf(pitch) {
   for (let k = 1; k <= 20 && k * frequency < 10_000; k++) {
     const partial = k * frequency * Math.sqrt(1 + 1e-6 * frequency * k ** 2);  // stiff, so a little sharp
     const loud = Math.abs(Math.sin(k / 2.45)) / k * Math.exp(-partial / 4000) * partial / (partial + 90);
-    const fade = (1 + 0.15 * k + partial / 5000) / ring;
-    addSine(sound, 0.7 * loud, partial, 4 * fade, k ** 2);
-    addSine(sound, 0.3 * loud, partial * 1.0004, fade, 2 * k ** 2);  // a second string sings on
+    const decay = (1 + 0.15 * k + partial / 5000) / ring;
+    addSine(sound, 0.7 * loud, partial, 4 * decay, k ** 2);
+    addSine(sound, 0.3 * loud, partial * 1.0004, decay, 2 * k ** 2);  // a second string sings on
   }
   strings[pitch] = new AudioBuffer({length, sampleRate: RATE});
   strings[pitch].copyToChannel(sound.map((value, n) => value * Math.min(1, (length - n) / RATE)), 0);
   return strings[pitch];
 }
 
-function addSine(sound, loud, frequency, fade, phase) {  // a fading one, each sample from the two before
-  const turn = 2 * Math.PI * frequency / RATE, keep = Math.exp(-fade / RATE);
-  const last = 2 * keep * Math.cos(turn), second = -keep * keep;
-  let before = loud * Math.sin(phase - turn) / keep, now = loud * Math.sin(phase);
+function addSine(sound, loud, frequency, decay, phase) {  // each value follows from the two before it
+  const angle = 2 * Math.PI * frequency / RATE, keep = Math.exp(-decay / RATE);
+  const a = 2 * keep * Math.cos(angle), b = -keep * keep;
+  let before = loud * Math.sin(phase - angle) / keep, value = loud * Math.sin(phase);
   for (let n = 0; n < sound.length; n++) {
-    sound[n] += now;
-    [before, now] = [now, last * now + second * before];
+    sound[n] += value;
+    [before, value] = [value, a * value + b * before];
   }
 }
 
@@ -1018,8 +1018,8 @@ for (const sound of [echo.getChannelData(0), echo.getChannelData(1)]) {
   sound.forEach((_, n) => sound[n] = (Math.random() - 0.5) * Math.exp(-3.5 * n / RATE));
 }
 
-const soft = x => x / (1 + x ** 4) ** 0.25;  // leaves quiet sound alone and never exceeds 1
-const curve = Float32Array.from({length: 4001}, (_, n) => soft(n / 1000 - 2));
+const soft = x => x / (1 + x ** 4) ** 0.25;  // never exceeds 1
+const curve = Float32Array.from({length: 4001}, (_, n) => soft(n / 1000 - 2));  // over -1 to 1: quiet sound doubles
 
 function openHall(context) {  // what is played into `stage` is heard, and `volume` is the last node of all
   const stage = new GainNode(context), volume = new GainNode(context);
@@ -1099,7 +1099,10 @@ function go(piece, second, sounds = !!playing) {
     playing = perform(piece, hall.stage, position, audio.currentTime + 0.1);
     feed();
   }
-  for (const {section, strip} of pieces) [section.className, strip.style.backgroundSize] = ["", 0];
+  for (const other of pieces) {
+    other.section.className = "";
+    other.strip.style.backgroundSize = 0;
+  }
   current.section.className = "current";
   find("#heading").innerHTML = current.heading;
   find("path").setAttribute("d", playing ? "M15 13h6v20h-6zM25 13h6v20h-6z" : "M17 12v22l18-11z");
@@ -1128,12 +1131,12 @@ const keys = {
   ArrowDown: () => turn(1),
 };
 onkeydown = event => {
-  const taken = event.target.matches(event.key == " " ? "a, button, summary" : "input");  // by the focus
+  const taken = event.target.matches(event.key == " " ? "button, summary" : "input");  // by what has the focus
   if (taken || event.altKey || event.ctrlKey || event.metaKey || !keys[event.key]) return;
   event.preventDefault();
   if (event.key != " " || !event.repeat) keys[event.key]();
 };
-onclick = event => event.detail && document.activeElement.blur();  // a mouse leaves the keys to the page
+onclick = event => event.detail && document.activeElement.blur();  // after a click, keys steer the page again
 find("#play").onclick = keys[" "];
 slider.oninput = () => hall && (hall.volume.gain.value = slider.value ** 2);
 roll.onclick = event => go(current, Math.min(rollStart() + event.offsetX / zoom(), current.end - 1), true);
@@ -1142,12 +1145,14 @@ roll.onclick = event => go(current, Math.min(rollStart() + event.offsetX / zoom(
 
 function addPiece(piece) {
   const section = document.createElement("section"), {notes, given} = piece;
-  const safe = text => new Option(text).innerHTML, pitches = new Set(notes.map(note => note[2]));
+  const safe = text => new Option(text).innerHTML;  // escapes HTML
+  const pitches = new Set(notes.map(note => note[2]));
   const power = notes.reduce((sum, [, length, , velocity]) => sum + Math.min(length, 0.5) * velocity ** 3, 0);
   piece.end = notes.reduce((last, [start, length]) => Math.max(last, start + length), 0) + 2;  // echo
   piece.begin = given ? notes[given][0] : 0;
   piece.gain = 400 / Math.sqrt(power / piece.end);  // pieces of like loudness
-  [piece.low, piece.high] = [Math.min(48, ...pitches) - 2, Math.max(84, ...pitches) + 2];
+  piece.low = Math.min(48, ...pitches) - 2;
+  piece.high = Math.max(84, ...pitches) + 2;
   piece.heading = `<b>${safe(piece.title)}</b>${safe(piece.detail)}`;
   if (piece.cut) piece.heading += ", unfinished: fades out";
   section.innerHTML = `<button class="title">${piece.heading}</button>
@@ -1156,7 +1161,8 @@ function addPiece(piece) {
   const [title, {children: [mid, wav]}, strip] = section.children;
   title.onclick = () => go(piece, piece.begin, true);
   strip.onclick = event => go(piece, event.offsetX / strip.clientWidth * piece.end, true);
-  Object.assign(mid, {download: `${piece.name}.mid`, href: `data:audio/midi;base64,${piece.midi}`});
+  mid.download = `${piece.name}.mid`;
+  mid.href = `data:audio/midi;base64,${piece.midi}`;
   wav.onclick = async () => {
     wav.disabled = true;
     const sound = await renderWav(piece).finally(() => wav.disabled = false);

@@ -406,20 +406,25 @@ def test_pedal_tokens_are_down_where_the_pedal_of_any_track_is(tmp_path):
     """And notes end as keys come up; a pedal that is never lifted ends after the piece."""
     one = ONE + control(100, 64, 127) + control(1440, 64, 0)
     other = note(480, 240, 40, 1) + control(1200, 64, 127, 1) + control(1920, 64, 0, 1)
-    other += control(1960, 64, 127, 1) + [(10**8, b"\xff\x01\0")]  # until half a day later
+    other += control(1960, 64, 127, 1) + note(2000, 100, 50, 1)
+    other += [(10**8, b"\xff\x01\0")]  # half a day later
     (tmp_path / "a.mid").write_bytes(timed(one, other))
     score = T.prepare(T.read_midi(tmp_path / "a.mid"), T.build_tokenizer(sustain_pedals=True))
     # In steps of 20 ticks:
-    assert [note[:3] for note in notes_of(score)] == [(0, 60, 10), (24, 40, 12), (48, 64, 10)]
+    heard = [(0, 60, 10), (24, 40, 12), (48, 64, 10), (100, 50, 5)]
+    assert [note[:3] for note in notes_of(score)] == heard
     pedals = [(pedal.time, pedal.end) for pedal in score.tracks[0].pedals]
-    assert pedals == [(5, 96), (98, 58 + 120 * 24)]
+    assert pedals == [(5, 96), (98, 105 + 120 * 24)]
     assert [pedal.end for pedal in sample.first_notes(score, 2).tracks[0].pedals] == [36]
 
 
 def test_pedal_tokens_tell_changes_of_the_pedal_from_one_long_pedal(tmp_path):
-    """As scores have them: up, and down again at once."""
-    moves = [move for at in (0, 960, 1920) for move in control(at, 64, 0) + control(at + 3, 64, 127)]
-    (tmp_path / "a.mid").write_bytes(timed(note(0, 3000), moves + control(2880, 64, 0)))
+    """As scores have them: up, and down again at once. Before and after the music, none is heard."""
+    moves = control(0, 64, 127) + control(480, 64, 0) + control(960, 64, 127)
+    for at in 1920, 2880:
+        moves += control(at, 64, 0) + control(at + 3, 64, 127)
+    moves += control(3840, 64, 0) + control(4320, 64, 127) + control(4800, 64, 0)
+    (tmp_path / "a.mid").write_bytes(timed(note(960, 3000), moves))
     tokenizer = T.build_tokenizer(sustain_pedals=True)
     score = T.prepare(T.read_midi(tmp_path / "a.mid"), tokenizer)
     for heard in score, tokenizer.decode([T.encode(score, tokenizer)]):

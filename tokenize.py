@@ -7,9 +7,9 @@
 """
 
 # A file becomes tokens in three steps, read_midi -> prepare -> encode. sample.py reads its prompts
-# with them; so can you, after `from sample import midi_tokenize`. Libraries that `import tokenize`
-# may find this file, without what it imports below: let constants be plain values, and everything
-# else stand in functions.
+# with them; so can you, after `from sample import midi_tokenize`. A library's `import tokenize` may
+# run this file without the imports below: so let there only be plain constants, functions and
+# classes at its top level.
 
 if __name__ == "tokenize":  # `import tokenize` found this file: be the standard library's module
     import os
@@ -30,7 +30,7 @@ else:
     if __name__ == "__mp_main__":  # one of our workers, which leaves Ctrl-C to its parent
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-        def excepthook(kind, *rest):  # if the work is over before it has started, it finds no locks
+        def excepthook(kind, *rest):  # the parent may end the work while this is still starting
             if not issubclass(kind, (OSError, EOFError)):
                 sys.__excepthook__(kind, *rest)
 
@@ -83,8 +83,10 @@ DATASETS = {
     "#sha256=70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c",
     "aria-midi": "hf://loubb/aria-midi/aria-midi-v1-unique-ext.tar.gz",
 }
-MAX_BYTES, MAX_BEATS, MAX_SILENCE = 5_000_000, 20_000, 120  # of a file (ASAP: 0.3 MB, 3,600, 32)
-MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # to read a file
+MAX_BYTES = 5_000_000  # of a file (ASAP: 0.3 MB at most)
+MAX_BEATS = 20_000  # of a file; of a recording, a beat is half a second (ASAP: 3,600)
+MAX_SILENCE = 120  # beats without a note (ASAP: 32)
+MAX_SECONDS, MAX_MEMORY = 60, 4 << 30  # that a worker may take to read a file
 BPE_NOTES = 2_500_000  # of a larger corpus, BPE sees evenly spaced files, to bound its memory
 MAX_PASSAGES = 14_000_000  # kept in memory, of all files together
 
@@ -104,7 +106,7 @@ def is_full(error):
 
 
 def between(low, high):
-    """What argparse calls a type: a number within limits, of the kind of the upper one."""
+    """An argparse type: a number from low to high, int or float as `high` is."""
 
     def number(text):
         if not low <= type(high)(text) <= high:
@@ -154,7 +156,8 @@ def parse_flags():
         parser.error(f"unknown flag {unknown[0]}; did you mean {known[0]}?")
     if args.sources and args.etudes != parser.get_default("etudes"):
         parser.error("--etudes are composed where no SOURCE is named: leave out one of them")
-    changed = [name for name in MUSICAL if getattr(args, name) != parser.get_default(name)]
+    decided = *MUSICAL, "vocab_size"  # by a tokenizer that is given
+    changed = [name for name in decided if getattr(args, name) != parser.get_default(name)]
     if args.tokenizer and changed:
         parser.error(f"--tokenizer has its own --{changed[0]}: leave out one of them")
     args.tempos = args.tempos or args.time_signatures  # bars in beats have a speed, too
@@ -163,8 +166,8 @@ def parse_flags():
 
 # ------------------------------------------------------------------ the tokenizer: all that is REMI
 
-# Flags: the arguments of build_tokenizer, and how far BPE goes.
-MUSICAL = "beat_res num_velocities tempos chords sustain_pedals time_signatures vocab_size".split()
+# The flags that are arguments of build_tokenizer.
+MUSICAL = "beat_res", "num_velocities", "tempos", "chords", "sustain_pedals", "time_signatures"
 WORD_BEGINS = "Bar"  # BPE joins no tokens across one of this kind; TSD would have TimeShift
 
 
@@ -178,7 +181,8 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
         },  # fmt: skip
         num_velocities=num_velocities,
         special_tokens=["PAD", "BOS", "EOS"],
-        # "bar" has miditok mark where words begin; before anything but a Bar, the mark is a token
+        # with "bar", miditok marks where each BPE word begins; before anything but a Bar, that mark
+        # would be a token of its own
         encode_ids_split="bar" if WORD_BEGINS == "Bar" else "no",
         use_tempos=tempos,
         tempo_range=(15, 480),
@@ -204,7 +208,7 @@ def load_tokenizer(path):
         same_vocabulary = tokenizer.vocab == Tokenization(tokenizer.config).vocab
     except Exception as error:  # whatever a damaged file makes json, miditok or tokenizers raise
         raise Refused(f"{path}: not a usable tokenizer: {in_one_line(error)}") from error
-    special = tokenizer.special_tokens  # miditok's default, which an empty file gives, has MASK
+    special = tokenizer.special_tokens  # an empty file gives miditok's own, with MASK
     ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
     if not ours or not same_vocabulary:
         raise Refused(f"{path}: not a usable tokenizer: written by another program")
@@ -344,7 +348,7 @@ def midi_inside(data):
         at = 12
         while data[at : at + 4] != b"data":  # or struct.error, at the end
             at += 8 + struct.unpack_from("<I", data, at + 4)[0]
-            at += data[at] == 0  # fills up an odd size
+            at += data[at] == 0  # a zero follows a chunk of odd size
         return data[at + 8 :][: struct.unpack_from("<I", data, at + 4)[0]]
     if data[:1] == b"\0" and data[128:132] == b"MThd":
         return data[128:][: struct.unpack_from(">I", data, 83)[0]]
@@ -354,10 +358,12 @@ def midi_inside(data):
 def read_chunk(data, at, size, events, ends):
     """Add a track's events and the tick of its end; return where the next chunk begins.
 
-    An event is (tick, chunk, status, port, first, second). A track lasts to its end-of-track event,
-    whatever its length says; without one, as long as that says.
+    An event is (tick, chunk, status, port, first, second): first and second are the two bytes of a
+    message, or the type and the bytes of a meta event; port is the first channel of its port. A
+    track lasts to its end-of-track event, whatever its length says; without one, as long as that.
     """
-    stop, chunk, tick, port, running, ended = at + size, len(ends), 0, 0, 0, False
+    stop, chunk, tick, port = at + size, len(ends), 0, 0
+    running, ended = 0, False
     while at != stop and not ended:
         delta = data[at]
         at += 1
@@ -375,7 +381,8 @@ def read_chunk(data, at, size, events, ends):
             if status < 0xC0 or status >= 0xE0:  # the others have one byte
                 second = data[at]
                 at += 1
-            if status < 0xA0 or 0xB0 <= status < 0xC0 and (first == 64 or first >= 120):
+            is_note, is_control = status < 0xA0, 0xB0 <= status < 0xC0
+            if is_note or is_control and (first == 64 or first >= 120):  # the pedal, all keys up
                 if first > 127 or second > 127:  # elsewhere, players ignore it
                     raise Refused("not a whole MIDI file: a data byte above 127")
                 events.append((tick, chunk, status, port, first, second))
@@ -415,15 +422,16 @@ def read_number(data, at):
 def play(events, ends, ticks_per_beat, lost=()):
     """Events in order -> Score: which keys go down on each channel, for how long, and the pedal.
 
-    A release ends its key's oldest open note. Of keys for which one was `lost`, each note ends the
-    last: else all later ones would be late. The sostenuto pedal is not heard: in 228 takes of ASAP,
-    13 notes would be longer.
+    A release ends its key's oldest open note. Where a key has fewer releases than strikes, that
+    would end all later notes too late: so a second pass (`lost`: such keys) also lets each strike
+    end the note before it. The sostenuto pedal is not heard: in 228 takes of ASAP, it would make 13
+    notes longer.
     """
     tempos, metres = {}, {0: TimeSignature(0, 4, 4)}  # by tick, so that the last one counts
     notes = defaultdict(list)  # of each channel
     pedals = defaultdict(lambda: [(0, 0)])  # of each channel: (tick, value) of its moves
     struck = defaultdict(deque)  # (channel, chunk, pitch): its open notes, the oldest first
-    last_release, released = {}, {}  # the last tick, of such a key and of any on a channel
+    last_release, released = {}, {}  # when such a key, and when any key of a channel, came up last
     found_lost = set()
 
     def release(key, tick):
@@ -433,7 +441,7 @@ def play(events, ends, ticks_per_beat, lost=()):
 
     def release_all(key, tick):
         if struck[key] and struck[key][0][0] < last_release.get(key, -1):
-            found_lost.add(key)  # what has been released since was an older note
+            found_lost.add(key)  # what came up since it was struck was an older note
         while struck[key]:
             release(key, tick)
 
@@ -454,9 +462,10 @@ def play(events, ends, ticks_per_beat, lost=()):
             elif first == 0x58 and len(second) > 1 and second[0] and second[1] < 7:
                 metres[tick] = TimeSignature(tick, second[0], 1 << second[1])
         elif first in (64, 120, 121):  # the pedal; all sound off and reset all controllers lift it
-            down, (last, value) = first == 64 and second >= 64, pedals[channel][-1]
+            down = first == 64 and second >= 64
+            last, value = pedals[channel][-1]
             if down != (value > 0):
-                # A key released at this tick, but before, is not held: so the pedal is a tick late.
+                # A key that came up earlier in this very tick is not held: the pedal waits a tick.
                 late = down and released.get(channel) == tick
                 pedals[channel].append((max(tick + late, last), 127 * down))
         if 0xB0 <= status < 0xC0 and (first == 120 or first >= 123):  # all notes off
@@ -505,8 +514,8 @@ def prepare(score, tokenizer):
         notes[:2] = 2 * grid * (to_seconds(notes[:2], score) - origin)
         pedal = 2 * grid * (to_seconds(pedal, score) - origin)
     notes[:2] = np.round(notes[:2])
-    # np.unique sorts by position and pitch, as base_ids and sample.py's grammar have it, and keeps
-    # the first of equals: reversed, the one that was played last
+    # np.unique sorts by position and pitch, as base_ids and sample.py's grammar have it. It keeps
+    # the first of equals: reversed, the note that was played last.
     notes = notes[:, ::-1]
     _, order = np.unique(128 * notes[0] + notes[2], return_index=True)
     start, end, pitch, velocity = notes[:, order]
@@ -517,7 +526,9 @@ def prepare(score, tokenizer):
     track, prepared = Track(), Score(grid)
     track.notes = Note.from_numpy(start, np.maximum(end - start, 1), pitch, velocity, "tick")
     if config.use_sustain_pedals:
-        down, up = np.round(pedal).clip(0, end.max() + MAX_SILENCE * grid)
+        down, up = np.round(pedal)
+        heard = (up > 0) & (down < end.max())  # not before the first note, nor after the last
+        down, up = down[heard].clip(0), up[heard].clip(max=end.max() + MAX_SILENCE * grid)
         up = np.minimum(up, np.append(down[1:], np.inf) - 1)  # miditok joins those that touch
         track.pedals = Pedal.from_numpy(down, np.maximum(up - down, 1), "tick")
     prepared.tracks.append(track)
@@ -529,13 +540,14 @@ def prepare(score, tokenizer):
                 event.time = round(event.time * grid / score.ticks_per_quarter)
                 if event.time <= end.max():
                     kept[event.time] = event
-    slowest, fastest = config.tempo_range
+    slowest, fastest = config.tempo_range  # beyond, miditok would take the nearest
     for tempo in tempos.values():
-        if not slowest <= round(tempo.qpm) <= fastest:  # miditok would take the nearest
+        if not slowest <= round(tempo.qpm) <= fastest:
             raise Refused(f"no token has its tempo: {tempo.qpm:.4g} bpm")
-    for metre in metres.values() if config.use_time_signatures else ():
-        if (metre.numerator, metre.denominator) not in tokenizer.time_signatures:
-            raise Refused(f"no token has its metre {metre.numerator}/{metre.denominator}")
+    if config.use_time_signatures:
+        for metre in metres.values():
+            if (metre.numerator, metre.denominator) not in tokenizer.time_signatures:
+                raise Refused(f"no token has its metre {metre.numerator}/{metre.denominator}")
     prepared.tempos.extend(tempos.values())
     prepared.time_signatures.extend(metres.values())
     return prepared
@@ -581,10 +593,10 @@ def to_seconds(ticks, score):
     """Ticks -> seconds, by the score's tempos; 120 bpm before the first."""
     tempos = score.tempos.numpy()
     at = np.append(0, tempos["time"]).astype(float)
-    second = np.append(500_000, tempos["mspq"]) / 1e6 / score.ticks_per_quarter  # of a tick
-    passed = np.append(0, np.cumsum(np.diff(at) * second[:-1]))
+    seconds_per_tick = np.append(500_000, tempos["mspq"]) / 1e6 / score.ticks_per_quarter
+    passed = np.append(0, np.cumsum(np.diff(at) * seconds_per_tick[:-1]))
     last = np.searchsorted(at, ticks, "right") - 1  # the tempo that counts
-    return passed[last] + (ticks - at[last]) * second[last]
+    return passed[last] + (ticks - at[last]) * seconds_per_tick[last]
 
 
 # --------------------------------------------------------------------------------------- many files
@@ -595,12 +607,18 @@ ARCHIVE_BYTES = b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"BZh", b"\xfd7z
 
 
 class Take:
-    """One MIDI file; its name, for people, is its source's, the folders in that, and its own.
+    """One MIDI file, and what is found out about it."""
 
-    Its side is "train", "val" or, if published, "test", which is used for nothing.
-    """
-
-    __slots__ = "name", "path", "side", "notes", "seconds", "span", "passages", "tag", "piece"
+    __slots__ = (
+        "name",  # for people: source/folders/file
+        "path",
+        "side",  # "train" or "val", from choose_sides on; a published "test" is used for nothing
+        "notes", "seconds",  # how much music it has
+        "span",  # where its ids lie in base.bin
+        "passages",  # see find_passages
+        "tag",  # a hash of all passages: knows the music again, whatever the file is called
+        "piece",  # one number for all takes of a piece
+    )  # fmt: skip
 
     def __init__(self, name, path, side=""):
         self.name, self.path, self.side = name, path, side
@@ -623,7 +641,8 @@ def find_files(sources, work, skipped):
             if file.match("maestro-v*.csv"):
                 published |= published_split(file, files)
         for file in files:
-            name, kind = os.path.join(root.name, file.relative_to(root)), kind_of(file)
+            name = os.path.join(root.name, file.relative_to(root))
+            kind = kind_of(file)
             if os.path.isdir(file):
                 skipped.append((name, "a link to a folder: name it as a source"))
             elif kind == "midi":
@@ -689,9 +708,13 @@ def fetch(source, work):
     try:
         work.mkdir()
         if not archive.is_file():
-            failed = "no whole archive came from there; run again"
+            failed = "what came from there is no whole archive; if it should be one, run again"
             archive = download(address, work)
         return unpack(archive, work / "files" / archive.name.split(".")[0])
+    except Refused as error:  # by `unpack`
+        raise Refused(f"{source}: {error}") from error
+    except (AttributeError, NameError):  # a mistake in here
+        raise
     except Exception as error:  # whatever urllib, the hub, zipfile, tarfile, gzip and zlib raise
         if is_full(error):
             failed = "no room for its files"
@@ -717,7 +740,8 @@ def download(address, folder):
 def unpack(archive, folder):
     """Unpack a whole .zip or .tar, .tar.gz ... into a folder, which is returned."""
     print(f"unpacking {archive.name}")
-    if zipfile.is_zipfile(archive) and not tarfile.is_tarfile(archive):  # which may end in a .zip
+    # a tar whose last file is a .zip looks like one, too
+    if zipfile.is_zipfile(archive) and not tarfile.is_tarfile(archive):
         opened = zipfile.ZipFile(archive)
         members = opened.infolist()
         for member in members:  # some programs of Windows write backslashes
@@ -730,7 +754,7 @@ def unpack(archive, folder):
         size, files = sum(m.size for m in members), sum(m.isfile() for m in members)
         for member in members:
             member.name = member.name.replace("\\", "/")
-        while opened.fileobj.read(1 << 20):  # to its checksum, which comes last
+        while opened.fileobj.read(1 << 20):  # to the end, where gzip looks at its checksum
             pass
     if size > 200_000_000 + 100 * archive.stat().st_size:
         raise Refused(f"a bomb? It would fill {size:,} bytes")
@@ -747,7 +771,7 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
     read, passages, every = {}, 0, 1  # read: what a take's ids hash to -> the first that has them
     paths = [take.path for take in takes]
     answers = in_workers(partial(read_one, tokenizer), paths, workers)
-    with open(base_path, "wb") as base, closing(answers):  # which stops the workers
+    with open(base_path, "wb") as base, closing(answers):  # to close it stops the workers
         for take, (answer, reason) in zip(tqdm(takes, "reading", unit=" files"), answers):
             if answer is None:
                 skipped.append((take.name, reason))
@@ -755,7 +779,8 @@ def read_takes(takes, tokenizer, workers, base_path, skipped):
             ids, take.notes, take.seconds, take.passages = answer
             wrong = np.flatnonzero(~follows[ids[:-1], ids[1:]])
             if wrong.size:
-                before, after = (names[token] for token in ids[wrong[0] :][:2])
+                at = wrong[0]
+                before, after = names[ids[at]], names[ids[at + 1]]
                 reason = f"{after} after {before}, which the tokenizer's grammar forbids"
                 raise Refused(f"{take.name}: its ids have {reason}: a mistake in base_ids")
             first = read.setdefault(hashlib.sha256(ids).digest(), take)
@@ -825,11 +850,14 @@ def limit_memory():
 
 # --------------------------------------------------------------------------------- pieces and sides
 
-STEPS, TOGETHER = 6, 0.05  # steps of a passage; seconds in which notes count as one attack
-SHARE, ENOUGH = 0.07, 3  # of the shorter file's passages, and how many, that two takes share
-CLOSE = 0.2  # of the longer file's, where most files hang together
-FEW = 30  # a file of fewer passages is a scale or an exercise: its figures are in all music
-COMMON, COPIES = 60, 1000  # a passage that more files have tells nothing, but of copies in any key
+STEPS = 6  # intervals in a row that make a passage
+TOGETHER = 0.05  # seconds: notes nearer than this are one attack
+SHARE = 0.07  # two takes are of one piece if they share this part of the shorter one's passages,
+ENOUGH = 3  # and at least so many
+CLOSE = 0.2  # where most files hang together: this part of the longer one's
+FEW = 30  # a file of fewer passages is a scale or an exercise, whose figures are in all music
+COMMON = 60  # a passage that more files have tells nothing ...
+COPIES = 1000  # ... unless most passages of a file are as common: it is one of many copies
 FACTOR = 0x9E3779B97F4A7C15  # odd, with mixed bits
 
 
@@ -862,13 +890,14 @@ def find_pieces(takes):
     lengths = np.array([len(take.passages) for take in takes])
     owner = np.repeat(np.arange(len(takes), dtype=np.int32), lengths)
     passages = np.concatenate([take.passages for take in takes])
-    _, passages, owners = np.unique(passages, return_inverse=True, return_counts=True)
-    known_by = owners[passages]
+    _, index, owners = np.unique(passages, return_inverse=True, return_counts=True)
+    known_by = owners[index]
     is_copied = np.bincount(owner[known_by > COMMON], minlength=len(takes)) > lengths / 2
     tells = (known_by > 1) & (known_by <= np.where(is_copied, COPIES, COMMON)[owner])
-    place = owner[tells], passages[tells]
+    place = owner[tells], index[tells]
     has = csr_matrix((np.ones(tells.sum(), np.int32), place), (len(takes), len(owners)))
-    had_by, links = has.T.tocsr(), []
+    had_by = has.T.tocsr()
+    links = []
     for first in range(0, len(takes), 1000):  # in blocks, to bound the memory
         shared = (has[first : first + 1000] @ had_by).tocoo()
         one, other = shared.row + first, shared.col
@@ -880,61 +909,57 @@ def find_pieces(takes):
     pieces = linked(len(takes), one, other)
     # Takes of one piece share passages pair by pair. Files in a loose chain only share figures, as
     # études of one composer do, or parts of one long file.
-    files, pairs = np.bincount(pieces), np.bincount(pieces[one], minlength=len(takes))
-    largest = files.argmax()
-    loose = pairs[largest] < files[largest] * (files[largest] - 1) / 4
-    if loose and files[largest] > len(takes) / 2:
-        hang = f"{files[largest]} of {len(takes)} files hang together"
+    sizes, pairs = np.bincount(pieces), np.bincount(pieces[one], minlength=len(takes))
+    largest = sizes.argmax()
+    loose = pairs[largest] < sizes[largest] * (sizes[largest] - 1) / 4
+    if loose and sizes[largest] > len(takes) / 2:
+        hang = f"{sizes[largest]} of {len(takes)} files hang together"
         hub = takes[np.bincount(np.append(one, other)).argmax()].name
         print(f"{hang}, {hub} with most: only those that share {CLOSE:.0%} count as one piece")
         kept = (pieces[one] != largest) | (close > 0)
         pieces = linked(len(takes), one[kept], other[kept])
+    if not pieces.any():
+        print(f"all {len(takes)} files hang together: each of them counts as a piece")
+        pieces = np.arange(len(takes))
     for take, number in zip(takes, pieces.tolist()):
         take.piece = number
-    if not pieces.any() and len(takes) > 1:
-        print(f"all {len(takes)} files hang together: each of them counts as a piece")
-        set_apart(takes)
 
 
 def linked(count, one, other):
-    """Of so many things, linked in pairs, the number of each one's cluster."""
+    """For each of `count` things, the number of its cluster; one[i] and other[i] are linked."""
     links = csr_matrix((np.ones(len(one)), (one, other)), (count, count))
     return connected_components(links, directed=False)[1]
 
 
-def set_apart(takes):
-    """Let every file be a piece."""
-    for number, take in enumerate(takes):
-        take.piece = number
-
-
 def choose_sides(takes, known, val_fraction, seed):
-    """Give every take the side of its piece, "train" or "val", so that names do not count.
+    """Give every take the side of its piece, "train" or "val".
 
-    A published side stays, and so does that of a piece in the data folder that is replaced (known:
-    tag or name -> side): what is added or corrected moves nothing, but where it joins pieces of
-    both sides, all of which is trained on then. Others draw, by the smallest tag of the piece.
+    A published side stays. So does the one that a piece has in the data folder that is replaced
+    (known: tag or name -> side), so that what is added or corrected moves nothing. But if it joins
+    pieces of both sides, all of them are trained on. Others draw a side, by seed and smallest tag.
     """
-    tags, sides, draws = {}, {}, {}  # of each piece; draws from 0 to 1
-    by_tag, by_name = defaultdict(set), defaultdict(set)  # the known sides of each piece
+    pieces = defaultdict(list)
     for take in takes:
-        tags[take.piece] = min(take.tag, tags.get(take.piece, take.tag))
-        by_tag[take.piece].add(known.get(take.tag))
-        by_name[take.piece].add(known.get(take.name))
-    for piece in tags:
-        found = by_tag[piece] - {None} or by_name[piece] - {None}
-        sides[piece] = min(found, default=None)  # "train", if it is one of them
-    for piece, tag in tags.items():
+        pieces[take.piece].append(take)
+    sides, draws = {}, {}  # of each piece; draws, from 0 to 1, where no side is published
+    for piece, its_takes in pieces.items():
+        published = [take.side for take in its_takes if take.side]
+        if published:
+            sides[piece] = published[-1]
+            continue
+        tag = min(take.tag for take in its_takes)
         digest = hashlib.sha256(f"{seed} {tag}".encode()).hexdigest()
         draws[piece] = int(digest, 16) / 2**256
-        sides[piece] = sides[piece] or ("val" if draws[piece] <= val_fraction else "train")
-    for take in takes:
-        if take.side:
-            sides[take.piece] = take.side
-            draws.pop(take.piece, None)
-    for side, nearest in ("val", min), ("train", max):  # where the draws leave a side empty
-        if draws and side not in sides.values():
-            sides[nearest(draws, key=draws.get)] = side
+        before = {known.get(take.tag) for take in its_takes} - {None}
+        before = before or {known.get(take.name) for take in its_takes} - {None}
+        if before:
+            sides[piece] = "train" if "train" in before else "val"
+        else:
+            sides[piece] = "val" if draws[piece] <= val_fraction else "train"
+    if draws and "val" not in sides.values():  # the draws have left a side empty
+        sides[min(draws, key=draws.get)] = "val"
+    if draws and "train" not in sides.values():
+        sides[max(draws, key=draws.get)] = "train"
     for take in takes:
         take.side = take.side or sides[take.piece]
 
@@ -960,7 +985,7 @@ def train_bpe(tokenizer, takes, base, vocab_size):
     """Teach the tokenizer to join what often stands together, in evenly spaced files."""
     notes = sum(take.notes for take in takes)
     if vocab_size is None:
-        vocab_size = min(10_000, len(tokenizer) + 100 + notes // 8000)  # to learn each well
+        vocab_size = min(10_000, len(tokenizer) + 100 + notes // 8000)  # so that each is frequent
         print(f"a vocabulary of {vocab_size} tokens fits this corpus (--vocab_size sets another)")
     some = takes[:: math.ceil(notes / BPE_NOTES)]
     texts = [bpe_words(base[take.span], tokenizer) for take in some]
@@ -1011,7 +1036,7 @@ def put_in_place(work, out):
 
 
 def settle(work, out):
-    """End an exchange, of this or a killed run: done if meta.json is there, else undone."""
+    """End an exchange that this run or a killed one began: undo it, unless meta.json is there."""
     old = out / ".old"
     if old.exists() and not (out / "meta.json").exists():
         for name in reversed(FILES):
@@ -1031,7 +1056,7 @@ def write_table(path, columns, rows):
 def make_data(args, work):
     """All steps in their order, from the sources to the files of a data folder."""
     began, skipped = time.monotonic(), []
-    settings = {name: getattr(args, name) for name in MUSICAL[:-1]}
+    settings = {name: getattr(args, name) for name in MUSICAL}
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else build_tokenizer(**settings)
     if not args.tokenizer and args.vocab_size and args.vocab_size <= len(tokenizer):
         raise Refused(f"--vocab_size {args.vocab_size}: must be 0 or over {len(tokenizer)}")
@@ -1041,7 +1066,8 @@ def make_data(args, work):
     if args.sources and len(takes) > 1:
         find_pieces(takes)
     else:  # études have figures in common
-        set_apart(takes)
+        for number, take in enumerate(takes):
+            take.piece = number
     all_published = takes and all(take.side for take in takes)
     choose_sides(takes, known_sides(args), args.val_fraction, args.seed)
     for take in takes:
@@ -1083,6 +1109,7 @@ def make_data(args, work):
     rows = [(take.name, take.piece, take.side, take.tag) for take in takes]
     write_table(work / "takes.csv", ("file", "piece", "side", "tag"), rows)
     put_in_place(work, args.out)
+    (args.out / "not used.csv").unlink(missing_ok=True)  # of a run before
     pieces = len({take.piece for take in takes})
     print(f"{pieces:,} pieces in {len(takes):,} files (files that share notes are one piece)")
     tuned = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
@@ -1116,7 +1143,7 @@ def main(args):
             raise
         raise Refused(f"--out {out}: {error.strerror}") from error
     finally:
-        if not (out / ".old").exists():  # else the next run undoes an exchange
+        if not (out / ".old").exists():  # with which the next run undoes the exchange
             shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):  # the folder goes if it is empty
             (out / ".lock").unlink()
