@@ -19,6 +19,7 @@ if __name__ == "__main__" and not hasattr(sys, "ps1"):  # ps1: a notebook, which
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 import base64
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -792,10 +793,16 @@ def intervals(pitches):
 
 
 def read_intervals(folder, tokenizer, tokenizer_sha256):
-    """The intervals of all training music, to look for copies in; None if it is not at hand."""
-    meta = folder / "meta.json"
-    facts = json.loads(meta.read_text()) if meta.exists() else {}
-    if facts.get("tokenizer_sha256") != tokenizer_sha256:
+    """The intervals of all training music, to look for copies in; None if it is not at hand.
+
+    A piece in several keys has the same ones, and is kept once.
+    """
+    sha256 = None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # it may be gone, or a part of it
+        facts = json.loads((folder / "meta.json").read_text())
+        train = np.memmap(folder / "train.bin", facts["dtype"], "r")
+        sha256 = facts["tokenizer_sha256"]
+    if sha256 != tokenizer_sha256:
         named = os.path.normpath(folder)
         print(f"no look for copies: the training data is not in {named}; --data says where it is")
         return None
@@ -803,9 +810,12 @@ def read_intervals(folder, tokenizer, tokenizer_sha256):
     for names in base_tokens(tokenizer):
         pitches_V.append(bytes(int(name[6:]) for name in names if name.startswith("Pitch_")))
     pitches_V[tokenizer["BOS_None"]] = b"\xff"  # no pitch: another piece begins
-    train = np.memmap(folder / "train.bin", facts["dtype"], "r")
-    pieces = b"".join(pitches_V[token] for token in train.tolist()).split(b"\xff")
-    steps = [intervals(np.frombuffer(piece, np.int8)) for piece in pieces]
+    pitches = bytearray()
+    for begin in range(0, len(train), 1_000_000):  # in slices, to bound the memory
+        tokens = train[begin : begin + 1_000_000].tolist()
+        pitches += b"".join(pitches_V[token] for token in tokens)
+    pieces = pitches.split(b"\xff")
+    steps = dict.fromkeys(intervals(np.frombuffer(piece, np.int8)) for piece in pieces)
     return b"\x7f".join(steps)  # 127 is no interval
 
 

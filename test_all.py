@@ -1749,6 +1749,9 @@ def test_fine_tuning_starts_from_the_weights(markov, trained, tmp_path, capsys):
     run_train("--data", markov, "--run", worse, *flags, "--learning_rate", 0.02)
     assert "nothing better than the given weights" in capsys.readouterr().out
     assert_same_arrays(trained / "best.ckpt", worse / "best.ckpt")
+    flags = "--init_from", trained / "best.ckpt", "--max_hours", 0  # which nobody can judge yet
+    run_train("--data", markov, "--run", tmp_path / "short", *DEFAULT, *flags)
+    assert "nothing better" not in capsys.readouterr().out
 
 
 def test_rotary_weights_go_on_with_another_context(markov, turned, tmp_path):
@@ -1826,6 +1829,7 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys):
         (["--grad_clip", 0], "must be over 0"),
         (["--seed", -1], "at least 0"),
         (["--warmup", -5], "at least 0"),
+        (["--learning_rate", -1], "at least 0"),
         (["--multihost", "host:1234,2"], "HOST:PORT,N,I"),
         (["--multihost", "host,2,0"], "HOST:PORT,N,I"),
         (["--lerning_rate", 1], "did you mean --learning_rate?"),
@@ -2397,6 +2401,8 @@ def test_sample_copies_are_found_in_any_key_and_passed_over(tmp_path, remi):
     (tmp_path / "meta.json").write_text('{"tokenizer_sha256": "ours", "dtype": "uint16"}')
     known = sample.read_intervals(tmp_path, remi, "ours")
     assert sample.read_intervals(tmp_path, remi, "another's") is None
+    (tmp_path / "train.bin").unlink()  # it is large, and training is over
+    assert sample.read_intervals(tmp_path, remi, "ours") is None
     copied = np.concatenate([new[:20], first[100:137] + 5, new[20:]])
     across = np.concatenate([first[-20:], second[:15]])  # two passages, not one
     glued = np.concatenate([first[-20:], second[1:15] - second[0] + first[-1]])

@@ -159,8 +159,8 @@ def parse_flags(argv, devices):
         if getattr(args, name) != value:
             raise Refused(f"--{name} {getattr(args, name)}: {source} was made with {value}")
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "warmup") else 1
-        if type(value) is int and value < least:
+        least = 0 if name in ("seed", "warmup") or type(value) is float else 1
+        if type(value) in (int, float) and value < least:
             raise Refused(f"--{name} {value}: must be at least {least}")
     if not 0 <= args.dropout < 1:
         raise Refused(f"--dropout {args.dropout}: must be from 0 to less than 1")
@@ -359,7 +359,8 @@ def evaluate(args, data, mesh, eval_step, model):
     ]
     rows, nats = args.batch_size // args.accumulate, 0.0
     padded = windows + [(0, 0)] * (-len(windows) % rows)
-    for i in tqdm(range(0, len(padded), rows), desc="evaluating", leave=False, delay=2):
+    begins = range(0, len(padded), rows)
+    for i in tqdm(begins, desc="evaluating", leave=False, delay=2, disable=None):
         starts, count_B = np.array(padded[i : i + rows]).T
         tokens_BT = data.windows("val", starts, args.context + 1)
         # float waits: many steps in flight would block each other on virtual CPU devices
@@ -401,7 +402,8 @@ def train(args, data, mesh, saved):
     limit = max(np.log(data.meta["vocab_size"]) + 1, 1.5 * facts["given_loss"])
     lap_began = time.time()
     steps = range(first, args.steps)
-    for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
+    no_bar = None if is_main else True  # None: where nobody sees it, in a file or a pipe
+    for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=no_bar):
         state, metrics = train_step(state, batch, np.uint32(step))
         done = step + 1
         batch = put(mesh, MICRO_ROWS, data.batch(args, done))  # while the device works
@@ -637,9 +639,8 @@ COLUMNS = [  # of log.csv; train_loss is that of one step's batch
 
 
 def record(args, rows):
-    """Show the last row, and write all to log.csv and, after an evaluation, to loss.png."""
+    """Write all rows to log.csv and, after an evaluation, to loss.png; show the last one."""
     run, row = Path(args.run), rows[-1]
-    tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
     if args.wandb:
         import wandb
 
@@ -651,6 +652,8 @@ def record(args, rows):
         writer.writerows(rows)
     if "val_nats_per_token" in row:
         draw_curve(run / "loss.png", rows)
+    # last, for it may fail: Ctrl-C also ends the `tee` that this is piped to
+    tqdm.write("  ".join(f"{name} {value:.6g}" for name, value in row.items()))
 
 
 def draw_curve(path, rows):
@@ -686,7 +689,7 @@ def summarize(args, rows, stop):
     if evaluated:
         best = min(evaluated, key=lambda row: row["val_nats_per_note"])
         print(f"best.ckpt: step {best['step']}, val_nats_per_note={best['val_nats_per_note']:.4f}")
-        if best["step"] == 0:
+        if best["step"] == 0 and len(evaluated) > 1:
             print("training made nothing better than the given weights: lower --learning_rate")
     last = evaluated[-1] if evaluated else dict.fromkeys(COLUMNS, np.nan)
     speed = np.median([row["tokens_per_second"] for row in rows if row["step"] > 0])
