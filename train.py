@@ -359,7 +359,7 @@ def evaluate(args, data, mesh, eval_step, model):
     ]
     rows, nats = args.batch_size // args.accumulate, 0.0
     padded = windows + [(0, 0)] * (-len(windows) % rows)
-    begins = range(0, len(padded), rows)
+    begins = range(0, len(padded), rows)  # no bar in a pipe: Ctrl-C may have ended its reader
     for i in tqdm(begins, desc="evaluating", leave=False, delay=2, disable=None):
         starts, count_B = np.array(padded[i : i + rows]).T
         tokens_BT = data.windows("val", starts, args.context + 1)
@@ -402,8 +402,7 @@ def train(args, data, mesh, saved):
     limit = max(np.log(data.meta["vocab_size"]) + 1, 1.5 * facts["given_loss"])
     lap_began = time.time()
     steps = range(first, args.steps)
-    no_bar = None if is_main else True  # None: where nobody sees it, in a file or a pipe
-    for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=no_bar):
+    for step in tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_main):
         state, metrics = train_step(state, batch, np.uint32(step))
         done = step + 1
         batch = put(mesh, MICRO_ROWS, data.batch(args, done))  # while the device works
