@@ -449,17 +449,17 @@ def file_ids(args, tokenizer, grammar):
     """Of a MIDI file, the part that the flags ask for, as ids."""
     score = midi_tokenize.read_midi(args.prompt)
     if args.prompt_bars:
-        early = score.ticks_per_quarter // 12  # so much before a bar line is on it
+        early = score.ticks_per_quarter // 12  # a note so much before a bar line is on it
         midi_tokenize.prepare(score, tokenizer)  # refuses files that say they last for years
         try:
-            bar_lines = [*get_bars_ticks(score), score.end() + early]
+            bar_lines = [*(line - early for line in get_bars_ticks(score)), score.end()]
         except ArithmeticError as error:
             raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
         piano = [track for track in score.tracks if not track.is_drum]
         first = min(note.time for track in piano for note in track.notes)
-        empty_bars = np.searchsorted(bar_lines, first + early, side="right") - 1  # a count-in, say
+        empty_bars = np.searchsorted(bar_lines, first, side="right") - 1  # a count-in, say
         last = min(empty_bars + args.prompt_bars, len(bar_lines) - 1)
-        bar_line = bar_lines[last] - early
+        bar_line = bar_lines[last]
         for track in score.tracks:  # whose pedal goes on: it holds notes across the bar line
             track.notes = [note for note in track.notes if note.time < bar_line]
     score = midi_tokenize.prepare(score, tokenizer)
