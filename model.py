@@ -364,7 +364,7 @@ def atomic_write(path, mode="wb"):
 
 def save(path, tree, **meta):
     """Write a tree of arrays and JSON-able facts as .npz, whole or not at all."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree.leaves_with_path(tree)
     arrays = {jax.tree_util.keystr(name): leaf for name, leaf in leaves}
     with atomic_write(path) as file:
         np.savez(file, meta=json.dumps(meta), **jax.device_get(arrays))
@@ -400,4 +400,4 @@ def load(path, like=None):
         return array.astype(leaf.dtype)
 
     like = jax.eval_shape(lambda: like(meta)) if callable(like) else like
-    return jax.tree_util.tree_map_with_path(find, like), meta
+    return jax.tree.map_with_path(find, like), meta

@@ -1,7 +1,7 @@
 """Composes: draws piano music from a trained model, and keeps the best of several draws.
 
     python sample.py                                                  # four pieces out of nothing
-    python sample.py --seeds 0 11 255 777 --temperatures 0.7 0.8 0.9  # twelve, made together
+    python sample.py --seeds 0 11 255 777 --temperatures 0.7 0.8 0.9  # twelve pieces
     python sample.py --prompt moon.mid --prompt_bars 8                # go on after eight bars
     python sample.py --chords "Dm7 G7 C:4" --scale_lock "C major"     # from chords, on white keys
 
@@ -190,7 +190,7 @@ def add_tokens(fixed, music, steps, settings):
 
     def add_token(_, music):
         tokens_BN, length, begin, cache, open_BU = music
-        last_B1 = jax.lax.dynamic_slice_in_dim(tokens_BN, length - 1, 1, axis=1)
+        last_B1 = jax.lax.dynamic_index_in_dim(tokens_BN, length - 1, axis=1)
         logits_B1V, cache = model(last_B1, cache=cache, start=length - 1 - begin)
         goes_on_V = jnp.arange(model.cfg.vocab_size) != grammar.eos
         allowed_V = goes_on_V | (length >= prompt_length + settings.min_tokens)
@@ -200,7 +200,7 @@ def add_tokens(fixed, music, steps, settings):
         token_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, length)
         token_B = pick(logits_BV, token_keys_B, temperature_B, settings)
         token_B = jnp.where(last_B1[:, 0] == grammar.eos, grammar.eos, token_B)
-        tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], length, axis=1)
+        tokens_BN = jax.lax.dynamic_update_index_in_dim(tokens_BN, token_B, length, axis=1)
         return Music(tokens_BN, length + 1, begin, cache, grammar.step(open_BU, token_B))
 
     return jax.lax.fori_loop(0, steps, add_token, music)
@@ -208,7 +208,7 @@ def add_tokens(fixed, music, steps, settings):
 
 # ---- composing -----------------------------------------------------------------------------------
 
-AT_ONCE = 64  # pieces that grow together: each has 75 MB of keys and values at base size
+AT_ONCE = 64  # pieces that grow together: 75 MB of keys and values each at base size, in float32
 
 
 class Draw(NamedTuple):
@@ -281,8 +281,8 @@ def begin_pieces(model, grammar, prompt, draws, total, begin):
     rows, length = len(draws), len(prompt.ids)
     tokens_BN = np.full((rows, total), grammar.eos, np.int32)
     tokens_BN[:, :length] = prompt.ids
-    dtype = jax.tree.leaves(model)[0].dtype
-    cache = empty_cache(model.cfg, 1, dtype, slots=min(model.cfg.context, total))
+    slots = min(model.cfg.context, total)
+    cache = empty_cache(model.cfg, 1, model.token_VD.dtype, slots)
     if length - 1 > begin:
         cache = prefill(model, tokens_BN[:1, begin : length - 1], cache)
     cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), cache)
@@ -830,7 +830,7 @@ def longest_copy(pitches, known):
 
 
 def choose(pieces, known):
-    """The Piece with most points of those that copy at most half of their notes."""
+    """The Piece with most points of those that copy at most half of their notes, or of all."""
     pieces = sorted(pieces, key=lambda piece: -piece.points)
     if not known:
         return pieces[0]

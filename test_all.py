@@ -1552,6 +1552,9 @@ def test_max_hours_saves_and_ends_in_time(markov, tmp_path, capsys, monkeypatch)
     assert next(clock) - began < 1800
     assert "stopped by --max_hours" in capsys.readouterr().out
     assert model.load(tmp_path / "last.ckpt")[1]["step"] == max(log_of(tmp_path)) < 600
+    one = "--run", tmp_path / "one", "--steps", 1, "--max_hours", 0
+    run_train("--data", markov, *one)
+    assert "stopped" not in capsys.readouterr().out  # that was all of it
 
 
 def age_checkpoint(path, field, scale=1):

@@ -1112,7 +1112,7 @@ def make_data(args, work):
     (args.out / "not used.csv").unlink(missing_ok=True)  # of a run before
     pieces = len({take.piece for take in takes})
     print(f"{pieces:,} pieces in {len(takes):,} files (files that share notes are one piece)")
-    tuned = " --run NEW --init_from OLD/best.ckpt" if args.tokenizer else ""
+    tuned = " --run NEW --init_from OLD/best.ckpt --learning_rate 1e-4" if args.tokenizer else ""
     print(f"{args.out}: ready after {time.monotonic() - began:.0f} s")
     print(f"next: python train.py --data {args.out}{tuned}")
 
@@ -1221,8 +1221,8 @@ def compose(seed):
                         pitch = lowest + (pitch - lowest) % 12
                     velocity = round(loudness + swell + dice.gauss(0, 2))
                     track.notes.append(Note(begin, length, pitch, velocity))
-        one_chord = "B" in hands[1] and not set("1356") & set(hands[0])
-        if one_chord:  # in the whole bar, and so under one pedal
+        has_pedal = "B" in hands[1] and not set("1356") & set(hands[0])
+        if has_pedal:  # a figure with a bass, and one chord in the whole bar
             track.controls.append(ControlChange(tick(bar + 0.02), 64, 127))
             track.controls.append(ControlChange(tick(bar + 0.98), 64, 0))
     score.tracks.append(track)

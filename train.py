@@ -3,9 +3,9 @@
     python train.py                                   # data/ -> run/, at a size for the device
     python train.py --data data/asap --run run/asap   # other data, another run
     python train.py --resume                          # go on after a kill, with the run's own flags
-    python train.py --init_from run/best.ckpt --data data/mine --run run/mine     # fine-tune
+    python train.py --init_from run/best.ckpt --data data/mine --run run/mine --learning_rate 1e-4
 
-RUN receives last.ckpt, best.ckpt (which sample.py plays), log.csv and loss.png.
+RUN receives best.ckpt and tokenizer.json (which sample.py reads), last.ckpt, log.csv and loss.png.
 """
 
 # Shapes: A micro-batches, B rows (windows), T tokens that the model sees, V vocabulary, as in
@@ -59,7 +59,8 @@ RECIPES = {  # flags that a recipe sets, unless they are typed
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
 }
-# A checkpoint decides all fields of Config but these; each but vocab_size has a flag of its name.
+# A checkpoint decides all fields of Config but these, and but the context where positions are
+# rotary. Each but vocab_size has a flag of its name.
 NOT_GIVEN = "vocab_size", "dropout", "attention"
 NETWORK = tuple(name for name in Config.__annotations__ if name not in NOT_GIVEN)
 THIS_LAUNCH = "data", "run", "resume", "max_hours", "multihost", "attention"  # not resumed
@@ -125,7 +126,8 @@ def make_parser():
 def parse_flags(argv, devices):
     """The flags, and the facts of the checkpoint that training starts from, if any.
 
-    What was typed wins over the checkpoint's flags, these over the recipe's, these over the size's.
+    What was typed wins over the checkpoint's flags (with --init_from, those of the network alone),
+    these over the recipe's, these over the size's.
     """
     parser = make_parser()
     typed, unknown = parser.parse_known_args(argv)
@@ -227,7 +229,7 @@ def token_losses(model, tokens_BT, seeds_B, precision):
 
     The network computes in `precision`.
     """
-    model = jax.tree.map(lambda weights: weights.astype(precision), model)
+    model = optax.tree.cast(model, precision)
     logits_BTV, _ = model(tokens_BT[:, :-1], seeds_B)
     logits = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # flat: a third faster on CPU
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:].ravel())
@@ -260,7 +262,7 @@ def are_matrices(model):
     def is_matrix(path, leaf):
         return jax.tree_util.GetAttrKey("blocks") in path and leaf.ndim == 2
 
-    return jax.tree_util.tree_map_with_path(is_matrix, model)
+    return jax.tree.map_with_path(is_matrix, model)
 
 
 def orthogonalize(momentum, mesh):
@@ -291,7 +293,7 @@ def orthogonalize(momentum, mesh):
 
 
 def on_each_device(function, mesh, *in_specs):
-    """Every device runs `function` on its own rows: XLA can't split fused attention by itself."""
+    """Every device runs `function` on its own rows: XLA can't split splash attention by itself."""
     specs = dict(in_specs=in_specs, out_specs=REPLICATED)
     return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
 
@@ -306,10 +308,10 @@ def make_train_step(args, mesh, optimizer):
 
             return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(model)), None
 
-        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), model))
+        zero = optax.tree.zeros_like((jnp.float32(0), model))
         total, _ = jax.lax.scan(add_micro_batch, zero, (tokens_ABT, seeds_AB))
         mean = jax.tree.map(lambda x: x / args.accumulate, total)
-        return jax.lax.pmean(mean, "data")  # the only exchange between devices, once a step
+        return jax.lax.pmean(mean, "data")  # gradients are exchanged here alone, once a step
 
     def train_step(state, tokens_ABT, step):
         step_key = jax.random.fold_in(jax.random.key(args.seed), step)
@@ -499,8 +501,9 @@ def stop_if_diverged(args, row, limit):
 TPU_MARKS = "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_NAME", "COLAB_TPU_ADDR", "ISTPUVM"
 PEAK_TERAFLOPS = {  # dense bfloat16 of one JAX device; the first that is part of its name counts
     "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197,
-    "TPU v5": 459, "TPU v6": 918, "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989,
-    "L40S": 362, "L40": 181, "L4": 121, "RTX 3090": 71, "RTX 4090": 165,
+    "TPU v5": 459, "TPU v6": 918, "A1000": None, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989, "H200": 989, "L40S": 362, "L40": 181, "L4": 121, "RTX 3090": 71,
+    "RTX 4090": 165,
 }  # fmt: skip
 
 
@@ -558,7 +561,8 @@ def choose_attention(args, device):
     error = compile_error(fused, device, args.heads, K)
     if error is None:
         return fused
-    extra = "tpu" if fused == "splash" else "cuda13"
+    cuda = "cuda12" if importlib.util.find_spec("jax_cuda12_plugin") else "cuda13"
+    extra = "tpu" if fused == "splash" else cuda
     print(
         f"{fused} attention does not compile here ({error[:120]}): plain attention takes more time "
         "and memory. The cure, in a fresh session, before "
@@ -697,7 +701,7 @@ def summarize(args, rows, stop):
         f"final: val_nats_per_note={last['val_nats_per_note']:.4f} "
         f"val_nats_per_token={last['val_nats_per_token']:.4f} tokens_per_second={speed:.0f}"
     )
-    if stop.reason:
+    if stop.reason and rows[-1]["step"] < args.steps:
         print(f"stopped by {stop.reason}; go on with: python train.py --resume --run {args.run}")
 
 
