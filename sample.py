@@ -456,7 +456,8 @@ def file_ids(args, tokenizer, grammar):
         except ArithmeticError as error:
             raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
         piano = [track for track in score.tracks if not track.is_drum]
-        first = min(note.time for track in piano for note in track.notes)
+        on_keyboard = (note for track in piano for note in track.notes if 21 <= note.pitch <= 108)
+        first = min(note.time for note in on_keyboard)
         empty_bars = np.searchsorted(bar_lines, first, side="right") - 1  # a count-in, say
         last = min(empty_bars + args.prompt_bars, len(bar_lines) - 1)
         bar_line = bar_lines[last]
@@ -465,9 +466,11 @@ def file_ids(args, tokenizer, grammar):
     score = midi_tokenize.prepare(score, tokenizer)
     count = score.note_num()
     if args.prompt_seconds:
-        count = max(1, np.searchsorted(notes_of(score)["time"], args.prompt_seconds))
-    score = first_notes(score, count)
-    ids = midi_tokenize.encode(score, tokenizer)
+        onsets = notes_of(score)["time"]
+        count = np.searchsorted(onsets, onsets[0] + args.prompt_seconds)
+    base = midi_tokenize.base_ids(score, tokenizer)
+    ends = np.isin(base, tokenizer.token_ids_of_type("Duration"))  # of notes; a pedal may go on
+    [ids] = midi_tokenize.add_bpe([base[: np.flatnonzero(ends)[count - 1] + 1]], tokenizer)
     if args.prompt_tokens:
         ids = ids[: args.prompt_tokens]
         may_end_V = np.array(grammar.follows_VU[:, grammar.eos])
@@ -500,7 +503,7 @@ def parse_chord(name):
 
 def parse_motif(name):
     """ "E5" -> [76], "[C4,E4]" -> [60, 64], "R" -> []"""
-    notes = name[1:-1].replace(",", " ").split() if name.endswith("]") else [name]
+    notes = name[1:-1].replace(",", " ").split() if re.fullmatch(r"\[.*]", name) else [name]
     return [] if name == "R" else [parse_pitch(note) for note in notes]
 
 
@@ -562,7 +565,8 @@ def encode_text(score, end, tokenizer, grammar):
     marker = max(set(range(21, 109)) - {note.pitch for note in score.tracks[0].notes})
     score.tracks[0].notes.extend([Note(0, 1, marker, 64), Note(end, 1, marker, 64)])
     score = midi_tokenize.prepare(score, tokenizer)
-    seconds, track = notes_of(score)["time"][-1], score.tracks[0]
+    ids = midi_tokenize.encode(score, tokenizer)  # whose tempo is the nearest that has a token
+    seconds, track = notes_of(to_score(ids, tokenizer))["time"][-1], score.tracks[0]
     track.notes = [note for note in track.notes if note.pitch != marker or note.time > 0]
     base = midi_tokenize.base_ids(score, tokenizer)
     names = np.array(midi_tokenize.base_names(tokenizer))[base]
@@ -589,7 +593,8 @@ def encode_text(score, end, tokenizer, grammar):
 
 def to_score(ids, tokenizer):
     """Ids -> Score whose notes end before their key is struck again; Refused if there are none."""
-    decoded = pedal_to_controls(tokenizer.decode([ids]))
+    lifted = [*ids, *tokenizer.token_ids_of_type("PedalOff")]  # else the last pedal could be lost
+    decoded = pedal_to_controls(tokenizer.decode([lifted]))
     score = midi_tokenize.prepare(decoded, tokenizer)
     begin = int(decoded.tracks[0].notes.numpy()["time"].min())
     begin = begin * score.ticks_per_quarter // decoded.ticks_per_quarter
@@ -618,8 +623,12 @@ def first_notes(score, count):
 
 
 def notes_of(score):
-    """Notes as arrays, by time and pitch: time and duration in seconds, pitch, velocity."""
-    return score.to("second").tracks[0].notes.numpy()
+    """Notes as they sound, pedal included, by time and pitch: arrays, in seconds."""
+    notes, _ = midi_tokenize.piano(pedal_to_controls(score.copy()), apply_pedal=True)
+    notes = notes[:, np.lexsort((notes[2], notes[0]))]
+    start, end = midi_tokenize.to_seconds(notes[:2], score)
+    pitch, velocity = notes[2:].astype(int)
+    return {"time": start, "duration": end - start, "pitch": pitch, "velocity": velocity}
 
 
 class Piece(NamedTuple):
@@ -652,7 +661,8 @@ def finish(draw, ids, prompt, seconds, tokenizer):
     in_time = bool(count == len(onsets))
     has_end = ids[-1] == tokenizer["EOS_None"]
     cut = in_time and not has_end
-    score = first_notes(score, count)
+    if not in_time:
+        score = first_notes(score, count)
     points, figures = judge(notes_of(score), prompt.notes, in_time and has_end)
     return Piece(draw, score, prompt.notes, cut, points=points, figures=figures)
 
@@ -956,12 +966,13 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>TchAIkovsky</title>
 <style>
-  :root { color-scheme: light dark; background: color-mix(in oklab, Canvas, #e0457b 4%) }
+  :root { color-scheme: light dark; background: color-mix(in oklab, Canvas, #e0457b 4%);
+    scroll-padding-top: calc(min(44vh, 25vw + 120px) + 106px) }
   body { max-width: 1400px; margin: auto; padding: 0 16px; color: #888; background: inherit;
     font: 13px/1.5 system-ui, sans-serif }
   header { position: sticky; top: 0; padding-bottom: 12px; background: inherit }
   nav, section { display: flex; align-items: center; gap: 6px 14px; padding: 10px 0 }
-  section { scroll-margin-top: calc(min(44vh, 25vw + 120px) + 106px); flex-wrap: wrap; border-top: 1px solid #8883 }
+  section { flex-wrap: wrap; border-top: 1px solid #8883 }
   b { display: block; color: CanvasText; font: 17px/1.4 Georgia, serif }
   button { padding: 0; border: 0; background: none; color: #888; font: inherit; text-align: left }
   .current b, a, div button { color: #e0457b; text-decoration: none }

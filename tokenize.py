@@ -404,7 +404,7 @@ def read_chunk(data, at, size, events, ends):
     ends.append(tick)
     if data[at : at + 4] == b"MTrk" or at >= len(data):
         return at
-    if any(data[at:stop]) or not ended:
+    if not ended or any(data[at:stop]) and data[stop : stop + 4] not in (b"MTrk", b""):
         raise Refused("not a whole MIDI file: a track goes on after its end")
     return max(at, stop)
 
@@ -632,7 +632,7 @@ def find_files(sources, work, skipped):
         if os.path.isfile(path) and kind_of(path) == "midi":
             root, files = path.parent, [path]
         else:
-            root = path if os.path.isdir(path) else fetch(source, work / str(number))
+            root = path if os.path.isdir(source) else fetch(source, work / str(number))
             files = sorted(walk(root, skipped))
         for table in root.parent.glob("maestro-v*.csv"):  # the source is one of its folders
             with suppress(Refused):
