@@ -282,6 +282,7 @@ def extend(cache, k_BHTK, v_BHTK, start):
     A write must not pass the ring's end, where JAX would move it without a word.
     """
     k_BHSK, v_BHSK = cache
+    assert k_BHTK.shape[:2] == k_BHSK.shape[:2], "JAX would fill a part of it: see empty_cache"
     slot = start % k_BHSK.shape[2]
     write = jax.lax.dynamic_update_slice_in_dim
     return write(k_BHSK, k_BHTK, slot, axis=2), write(v_BHSK, v_BHTK, slot, axis=2)
@@ -375,8 +376,9 @@ def load(path, like=None):
 
         load("run/best.ckpt", lambda meta: {"model": Decoder(Config(**meta["config"]), key)})
 
-    Shapes and types are those of `like`; what the file holds beyond it is left out. Nothing in it
-    is ever executed (numpy refuses pickles), and the zip format's checksums notice damage.
+    Shapes and types are those of `like`. What the file holds beyond it, the optimizer's state say,
+    is left out; but weights without a place are another network's. Nothing in it is ever executed
+    (numpy refuses pickles), and the zip format's checksums notice damage.
     """
     try:
         with np.load(path) as file:
@@ -391,7 +393,7 @@ def load(path, like=None):
         name = jax.tree_util.keystr(place)
         if name not in arrays:
             raise Refused(f"{path}: {name} is missing")
-        array = arrays[name]
+        array = arrays.pop(name)
         if array.shape != leaf.shape or array.dtype.kind != leaf.dtype.kind:
             wanted = f"{leaf.dtype}{leaf.shape}"
             raise Refused(f"{path}: {name} is {array.dtype}{array.shape}, not {wanted}")
@@ -400,4 +402,8 @@ def load(path, like=None):
         return array.astype(leaf.dtype)
 
     like = jax.eval_shape(lambda: like(meta)) if callable(like) else like
-    return jax.tree.map_with_path(find, like), meta
+    tree = jax.tree.map_with_path(find, like)
+    for name in arrays:
+        if name.startswith("['model']") and "model" in tree:
+            raise Refused(f"{path}: {name} has no place in this network: model.py was another")
+    return tree, meta

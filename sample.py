@@ -395,6 +395,7 @@ def build_grammar(tokenizer, pitch_classes=range(12)):
 
 def assert_no_dead_end(follows_UU, opens_UU, closes_UU, kind_U):
     """Something may follow in every state: where nothing may, tokens would be drawn at random."""
+    follows_UU = follows_UU & (kind_U != "EOS")[:, None]  # after EOS, nothing is drawn
     open_UU = np.ones_like(follows_UU)  # after each base token, whatever came before it
     for _ in set(kind_U):  # what is closed spreads by a kind a round
         closed_before_UU = follows_UU.T.astype(np.float32) @ ~open_UU > 0  # by any way to it

@@ -1369,6 +1369,9 @@ def test_a_checkpoint_comes_back_as_it_was_or_is_refused_in_one_line(tmp_path):
     assert load_or_refuse() is None
     for wrong in (like | {"a": np.zeros((20, 30), "float32")}, like | {"c": like["a"]}):
         assert load_or_refuse(wrong) == "refused"
+    model.save(tmp_path / "larger.ckpt", {"model": tree})  # a fork has left out a weight
+    with pytest.raises(model.Refused, match="'half'. has no place in this network"):
+        model.load(tmp_path / "larger.ckpt", {"model": {"a": like["a"], "b": like["b"]}})
     for size in [0, 1, 100, *rng.integers(len(whole), size=20), len(whole) - 1]:
         path.write_bytes(whole[:size])
         assert load_or_refuse() == "refused"
@@ -2232,7 +2235,7 @@ def tsd():
     """miditok's TSD, as a fork of tokenize.py makes it, with BPE."""
     fork = TOKENIZE.replace("REMI as", "TSD as").replace('BEGINS = "Bar"', 'BEGINS = "TimeShift"')
     with tempfile.TemporaryDirectory() as folder:
-        run_tokenize("--etudes", 20, "--out", Path(folder) / "data", source=fork)
+        run_tokenize("--etudes", 20, "--chords", "--out", Path(folder) / "data", source=fork)
         return TSD(params=Path(folder) / "data" / "tokenizer.json")
 
 

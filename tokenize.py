@@ -180,7 +180,7 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
             (0, 1): beat_res, (1, 2): beat_res // 2, (2, 4): max(2, beat_res // 4), (4, 16): 2
         },  # fmt: skip
         num_velocities=num_velocities,
-        special_tokens=["PAD", "BOS", "EOS"],
+        special_tokens=["PAD", "BOS", "EOS"],  # others may follow, without "_": none is ever drawn
         # with "bar", miditok marks where each BPE word begins; before anything but a Bar, that mark
         # would be a token of its own
         encode_ids_split="bar" if WORD_BEGINS == "Bar" else "no",
@@ -198,7 +198,9 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
         delete_equal_successive_time_sig_changes=True,
         remove_duplicated_notes=time_signatures,  # else `prepare` leaves none
     )
-    return Tokenization(config)
+    tokenizer = Tokenization(config)
+    assert tokenizer.token_ids_of_type(WORD_BEGINS), f"WORD_BEGINS: no token is a {WORD_BEGINS}"
+    return tokenizer
 
 
 def load_tokenizer(path):
@@ -211,7 +213,7 @@ def load_tokenizer(path):
     special = tokenizer.special_tokens  # an empty file gives miditok's own, with MASK
     ours = special[:3] == ["PAD_None", "BOS_None", "EOS_None"] and "MASK_None" not in special
     if not ours or not same_vocabulary:
-        raise Refused(f"{path}: not a usable tokenizer: written by another program")
+        raise Refused(f"{path}: not a usable tokenizer: not this {Tokenization.__name__}'s tokens")
     return tokenizer
 
 
@@ -264,7 +266,6 @@ def add_bpe(pieces, tokenizer):
 def bpe_words(ids, tokenizer):
     """Base ids -> strings with one character an id, one string a bar: music as BPE reads it."""
     first = tokenizer.token_ids_of_type(WORD_BEGINS)
-    assert first, f"WORD_BEGINS: the tokenizer has no {WORD_BEGINS} tokens"
     text = (ids.astype("<u4") + CHR_ID_START).tobytes().decode("utf-32-le")
     begins = sorted({0, *np.flatnonzero(np.isin(ids, first)).tolist()})
     return [text[begin:end] for begin, end in zip(begins, [*begins[1:], len(text)])]
