@@ -42,6 +42,7 @@ class Config:
     attention: str = "xla"  # or "cudnn" (NVIDIA), "splash" (TPU): the same numbers, faster
     rotary: bool = False  # turn queries and keys by their position, instead of learned positions
     qk_norm: bool = False  # queries and keys of length 1, times a learned scale
+    primer: bool = False  # ReLU squared, and blocks that hear the three tokens before each
 
     def __post_init__(self):
         if self.dim % (2 * self.heads):  # rotary positions turn pairs of numbers
@@ -112,15 +113,18 @@ class MLP(eqx.Module):
     up_bias_F: jax.Array
     down_FD: jax.Array
     down_bias_D: jax.Array
+    cfg: Config = eqx.field(static=True)
 
     def __init__(self, cfg, key):
         up_key, down_key = jax.random.split(key)
         D, F = cfg.dim, 4 * cfg.dim
         self.up_DF, self.up_bias_F = normal(up_key, D, F), jnp.zeros(F)
         self.down_FD, self.down_bias_D = normal(down_key, F, D, std=residual_std(cfg)), jnp.zeros(D)
+        self.cfg = cfg
 
     def __call__(self, x_BTD):
-        hidden_BTF = jax.nn.silu(x_BTD @ self.up_DF + self.up_bias_F)
+        hidden_BTF = x_BTD @ self.up_DF + self.up_bias_F
+        hidden_BTF = jnp.maximum(hidden_BTF, 0) ** 2 if self.cfg.primer else jax.nn.silu(hidden_BTF)
         return hidden_BTF @ self.down_FD + self.down_bias_D
 
 
@@ -131,20 +135,26 @@ class Block(eqx.Module):
     attention: Attention
     mlp_norm: "LayerNorm"
     mlp: MLP
+    loud_31D: jax.Array | None  # with primer: of the tokens before, by channel; no matrix for Muon
     cfg: Config = eqx.field(static=True)
 
     def __init__(self, cfg, key):
         attention_key, mlp_key = jax.random.split(key)
         self.attention_norm, self.attention = LayerNorm(cfg.dim), Attention(cfg, attention_key)
         self.mlp_norm, self.mlp = LayerNorm(cfg.dim), MLP(cfg, mlp_key)
+        self.loud_31D = jnp.zeros((3, 1, cfg.dim)) if cfg.primer else None
         self.cfg = cfg
 
     def __call__(self, x_BTD, seeds_B=None, cache=None, start=0):
-        attended_BTD, cache = self.attention(self.attention_norm(x_BTD), cache, start)
-        mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
+        cache, before_B3D = cache or (None, None)
+        heard_BTD = x_BTD
+        if self.cfg.primer:
+            heard_BTD, before_B3D = hear(x_BTD, self.loud_31D, before_B3D, start)
+        attended_BTD, cache = self.attention(self.attention_norm(heard_BTD), cache, start)
+        mlp_BTD = self.mlp(self.mlp_norm(heard_BTD))
         x_BTD += dropout(attended_BTD, fold(seeds_B, 0), self.cfg.dropout)
         x_BTD += dropout(mlp_BTD, fold(seeds_B, 1), self.cfg.dropout)
-        return x_BTD, cache
+        return x_BTD, (cache, before_B3D)
 
 
 class Decoder(eqx.Module):
@@ -240,6 +250,19 @@ def rotate(x_BHTK, start):
     return (x_BHTK * jnp.cos(angle_TK) + turned_BHTK * jnp.sin(angle_TK)).astype(x_BHTK.dtype)
 
 
+def hear(x_BTD, loud_31D, before_B3D, start):
+    """x + the three tokens before each, as loud as learned; and the last three, to go on from.
+
+    It is Primer's convolution (So et al. 2021), at the place of a Canon layer (Allen-Zhu 2025).
+    """
+    B, T, D = x_BTD.shape
+    if before_B3D is None:
+        before_B3D = jnp.zeros((B, 3, D), x_BTD.dtype)
+    x_BSD = jnp.concatenate([before_B3D * (start > 0), x_BTD], axis=1)
+    echo_BTD = sum(loud_1D * x_BSD[:, i : i + T] for i, loud_1D in enumerate(loud_31D))
+    return x_BTD + echo_BTD, x_BSD[:, -3:]
+
+
 def hash32(x):
     """Well-mixed uint32 from uint32 (Wellons, nullprogram.com/blog/2018/07/31)."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
@@ -271,9 +294,10 @@ def dropout(x_BTD, seeds_B, rate):
 
 
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
-    """Room for keys and values of `slots` tokens (a context): one pair [B, H, S, K] a layer."""
+    """Each layer's keys and values of `slots` tokens (a context), [B, H, S, K], and last inputs."""
     shape_BHSK = (batch, cfg.heads, slots or cfg.context, cfg.dim // cfg.heads)
-    return [(jnp.zeros(shape_BHSK, dtype), jnp.zeros(shape_BHSK, dtype)) for _ in range(cfg.layers)]
+    layer = (jnp.zeros(shape_BHSK, dtype),) * 2, jnp.zeros((batch, 3, cfg.dim), dtype)
+    return [jax.tree.map(jnp.copy, layer) for _ in range(cfg.layers)]
 
 
 def extend(cache, k_BHTK, v_BHTK, start):

@@ -1237,7 +1237,7 @@ def bench_pieces(files=1_000_000):
 # ------------------------------------------------------------------------------------ model.py
 
 TINY = model.Config(vocab_size=50, dim=16, heads=2, layers=2, context=16, dropout=0.1)
-MODERN = dataclasses.replace(TINY, rotary=True, qk_norm=True)
+MODERN = dataclasses.replace(TINY, rotary=True, qk_norm=True, primer=True)
 
 
 def random_tokens(*shape):
@@ -1275,7 +1275,10 @@ def test_decoder_equals_its_formula_in_numpy(cfg):
 
     x = decoder.token_VD[tokens] + (0 if cfg.rotary else decoder.position_TD)
     for block in decoder.blocks:
-        part, normed, heads = block.attention, norm(block.attention_norm, x), []
+        heard = x.copy()
+        for ago in (1, 2, 3) if cfg.primer else ():
+            heard[ago:] += block.loud_31D[3 - ago] * x[:-ago]
+        part, normed, heads = block.attention, norm(block.attention_norm, heard), []
         for h in range(2):
             here = slice(8 * h, 8 * h + 8)
             q, k, v = (normed @ matrix[:, here] for matrix in (part.q_DD, part.k_DD, part.v_DD))
@@ -1286,8 +1289,9 @@ def test_decoder_equals_its_formula_in_numpy(cfg):
                 q, k = turn(q), turn(k)
             scores = np.where(np.tri(16), np.exp(q @ k.T / np.sqrt(8)), 0)
             heads.append(scores / scores.sum(-1, keepdims=True) @ v)
-        hidden = norm(block.mlp_norm, x) @ block.mlp.up_DF + block.mlp.up_bias_F
-        mlp = hidden / (1 + np.exp(-hidden)) @ block.mlp.down_FD + block.mlp.down_bias_D
+        hidden = norm(block.mlp_norm, heard) @ block.mlp.up_DF + block.mlp.up_bias_F
+        hidden = hidden.clip(0) ** 2 if cfg.primer else hidden / (1 + np.exp(-hidden))
+        mlp = hidden @ block.mlp.down_FD + block.mlp.down_bias_D
         x = x + np.concatenate(heads, -1) @ part.out_DD + part.out_bias_D + mlp
     expected = norm(decoder.norm, x) @ decoder.head_DV + decoder.head_bias_V
     logits = jax.jit(lambda decoder: decoder(tokens[None])[0][0])(decoder)
@@ -1740,11 +1744,11 @@ def test_gradients_of_a_frequent_token_add_up_in_bfloat16():
 
 
 def test_fine_tuning_starts_from_the_weights(markov, trained, tmp_path, capsys):
-    """Of an older checkpoint, too, and if other music surprises them: that is no divergence."""
+    """Of an older checkpoint, whatever the recipe has by now; surprise is no divergence."""
     older, run = shutil.copy(trained / "best.ckpt", tmp_path), tmp_path / "run"
     age_checkpoint(older, "rotary", scale=4)
     flags = "--init_from", older, "--eval_every", 1, "--max_hours", 0  # the first step's rate is 0
-    run_train("--data", markov, "--run", run, *DEFAULT, *flags)
+    run_train("--data", markov, "--run", run, *DEFAULT, *flags, "--recipe", "modern")
     assert log_of(run)[1] > math.log(64) + 1  # worse than a guess
     nats = log_of(run, "val_nats_per_note")
     assert nats[0] == nats[1]  # before and after a step of no length
@@ -2296,7 +2300,7 @@ def test_sample_draws_from_logits_of_a_full_forward_pass(monkeypatch, remi, rota
                 jax.debug.callback(see, logits_BTV[:, 0], ordered=True)
             return logits_BTV, cache
 
-    cfg = untrained(len(remi), rotary=rotary, qk_norm=rotary).cfg
+    cfg = untrained(len(remi), rotary=rotary, qk_norm=rotary, primer=True).cfg
     watched = leaning(Watched(cfg, jax.random.key(0)), remi["EOS_None"], -1e9)
     watched = jax.tree.map(lambda leaf: leaf * 5, watched)  # for logits that differ by much
     ids = midi_tokenize.encode(etude(remi), remi)[:given]

@@ -57,7 +57,7 @@ SIZES = {  # flags that a size sets, unless they are typed
 RECIPES = {  # flags that a recipe sets, unless they are typed
     "default": dict(),
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
-    "modern": dict(optimizer="muon", rotary=True, qk_norm=True, dropout=0.0),
+    "modern": dict(optimizer="muon", rotary=True, qk_norm=True, primer=True, dropout=0.0),
 }
 # A checkpoint decides all fields of Config but these, and but the context where positions are
 # rotary. Each but vocab_size has a flag of its name.
@@ -92,6 +92,7 @@ def make_parser():
     knob("--context", type=int, help="most tokens seen at once")
     knob("--rotary", action=yes_or_no, default=False, help="rotary instead of learned positions")
     knob("--qk_norm", action=yes_or_no, default=False, help="queries and keys of length 1")
+    knob("--primer", action=yes_or_no, default=False, help="ReLU squared; hear the tokens before")
     knob("--dropout", type=float, help="share of the activations that training zeroes, under 1")
 
     knob = parser.add_argument_group("training").add_argument
@@ -151,7 +152,8 @@ def parse_flags(argv, devices):
             preset |= flags | {"data": str(Path(typed.run) / saved["data"])}
             if typed.max_steps or typed.max_passes:
                 preset["steps"] = None  # follows from these again
-        decided = {name: flags[name] for name in names if name in flags}
+        # a field that Config did not have yet has its default
+        decided = {name: flags.get(name, getattr(Config, name, None)) for name in names}
         preset |= decided
         if typed.init_from and flags.get("rotary"):
             decided.pop("context")  # no weight depends on it
