@@ -258,9 +258,10 @@ def hear(x_BTD, loud_31D, before_B3D, start):
     B, T, D = x_BTD.shape
     if before_B3D is None:
         before_B3D = jnp.zeros((B, 3, D), x_BTD.dtype)
-    x_BSD = jnp.concatenate([before_B3D * (start > 0), x_BTD], axis=1)
-    echo_BTD = sum(loud_1D * x_BSD[:, i : i + T] for i, loud_1D in enumerate(loud_31D))
-    return x_BTD + echo_BTD, x_BSD[:, -3:]
+    before_B3D *= start > 0  # nothing stands before a window that is read from its beginning
+    joined = jnp.concatenate([before_B3D, x_BTD], axis=1)
+    echo_BTD = sum(loud_1D * joined[:, i : i + T] for i, loud_1D in enumerate(loud_31D))
+    return x_BTD + echo_BTD, joined[:, -3:]
 
 
 def hash32(x):
@@ -296,8 +297,12 @@ def dropout(x_BTD, seeds_B, rate):
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
     """Each layer's keys and values of `slots` tokens (a context), [B, H, S, K], and last inputs."""
     shape_BHSK = (batch, cfg.heads, slots or cfg.context, cfg.dim // cfg.heads)
-    layer = (jnp.zeros(shape_BHSK, dtype),) * 2, jnp.zeros((batch, 3, cfg.dim), dtype)
-    return [jax.tree.map(jnp.copy, layer) for _ in range(cfg.layers)]
+    shape_B3D = (batch, 3, cfg.dim)
+
+    def zeros(shape):
+        return jnp.zeros(shape, dtype)
+
+    return [((zeros(shape_BHSK), zeros(shape_BHSK)), zeros(shape_B3D)) for _ in range(cfg.layers)]
 
 
 def extend(cache, k_BHTK, v_BHTK, start):

@@ -456,9 +456,9 @@ def file_ids(args, tokenizer, grammar):
             bar_lines = [*(line - early for line in get_bars_ticks(score)), score.end()]
         except ArithmeticError as error:
             raise Refused("some of its bars have no length; cut it by --prompt_seconds") from error
-        piano = [track for track in score.tracks if not track.is_drum]
-        on_keyboard = (note for track in piano for note in track.notes if 21 <= note.pitch <= 108)
-        first = min(note.time for note in on_keyboard)
+        notes, _ = midi_tokenize.piano(score, apply_pedal=False)
+        lowest, highest = tokenizer.config.pitch_range
+        first = notes[0, (lowest <= notes[2]) & (notes[2] <= highest)].min()
         empty_bars = np.searchsorted(bar_lines, first, side="right") - 1  # a count-in, say
         last = min(empty_bars + args.prompt_bars, len(bar_lines) - 1)
         bar_line = bar_lines[last]
@@ -605,7 +605,8 @@ def to_score(ids, tokenizer):
 
 
 def pedal_to_controls(score):
-    """Pedal as control changes, the only form in which MIDI files have it."""
+    """A copy with the pedal as control changes, the only form in which MIDI files have it."""
+    score = score.copy()
     for track in score.tracks:
         for pedal in track.pedals:
             track.controls.append(ControlChange(pedal.time, 64, 127))
@@ -625,8 +626,8 @@ def first_notes(score, count):
 
 def notes_of(score):
     """Notes as they sound, pedal included, by time and pitch: arrays, in seconds."""
-    notes, _ = midi_tokenize.piano(pedal_to_controls(score.copy()), apply_pedal=True)
-    notes = notes[:, np.lexsort((notes[2], notes[0]))]
+    notes, _ = midi_tokenize.piano(pedal_to_controls(score), apply_pedal=True)
+    notes = notes[:, np.argsort(notes[0], kind="stable")]  # they were in the order of pitches
     start, end = midi_tokenize.to_seconds(notes[:2], score)
     pitch, velocity = notes[2:].astype(int)
     return {"time": start, "duration": end - start, "pitch": pitch, "velocity": velocity}
@@ -655,16 +656,17 @@ class Piece(NamedTuple):
 def finish(draw, ids, prompt, seconds, tokenizer):
     """What was drawn, as a Piece: without notes that begin after so many seconds of new music."""
     score = to_score(ids, tokenizer)
-    onsets = notes_of(score)["time"]
-    count = np.searchsorted(onsets, prompt.seconds + seconds)
+    notes = notes_of(score)
+    count = np.searchsorted(notes["time"], prompt.seconds + seconds)
     if count <= prompt.notes:
         raise Refused("no new note")
-    in_time = bool(count == len(onsets))
+    in_time = bool(count == len(notes["time"]))
     has_end = ids[-1] == tokenizer["EOS_None"]
     cut = in_time and not has_end
     if not in_time:
         score = first_notes(score, count)
-    points, figures = judge(notes_of(score), prompt.notes, in_time and has_end)
+        notes = notes_of(score)
+    points, figures = judge(notes, prompt.notes, in_time and has_end)
     return Piece(draw, score, prompt.notes, cut, points=points, figures=figures)
 
 

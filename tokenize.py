@@ -199,8 +199,15 @@ def build_tokenizer(beat_res=24, num_velocities=16, tempos=False, chords=False,
         remove_duplicated_notes=time_signatures,  # else `prepare` leaves none
     )
     tokenizer = Tokenization(config)
-    assert tokenizer.token_ids_of_type(WORD_BEGINS), f"WORD_BEGINS: no token is a {WORD_BEGINS}"
+    word_begins(tokenizer)  # shows a mistake there at once
     return tokenizer
+
+
+def word_begins(tokenizer):
+    """The ids before which BPE begins a new word."""
+    ids = tokenizer.token_ids_of_type(WORD_BEGINS)
+    assert ids, f"WORD_BEGINS: no token is a {WORD_BEGINS}"
+    return ids
 
 
 def load_tokenizer(path):
@@ -265,9 +272,8 @@ def add_bpe(pieces, tokenizer):
 
 def bpe_words(ids, tokenizer):
     """Base ids -> strings with one character an id, one string a bar: music as BPE reads it."""
-    first = tokenizer.token_ids_of_type(WORD_BEGINS)
     text = (ids.astype("<u4") + CHR_ID_START).tobytes().decode("utf-32-le")
-    begins = sorted({0, *np.flatnonzero(np.isin(ids, first)).tolist()})
+    begins = sorted({0, *np.flatnonzero(np.isin(ids, word_begins(tokenizer))).tolist()})
     return [text[begin:end] for begin, end in zip(begins, [*begins[1:], len(text)])]
 
 
@@ -405,7 +411,9 @@ def read_chunk(data, at, size, events, ends):
     ends.append(tick)
     if data[at : at + 4] == b"MTrk" or at >= len(data):
         return at
-    if not ended or any(data[at:stop]) and data[stop : stop + 4] not in (b"MTrk", b""):
+    # players skip what follows the end, where the length is right: it leads to a track or the end
+    leads_on = data[stop : stop + 4] == b"MTrk" or stop == len(data)
+    if not ended or any(data[at:stop]) and not leads_on:
         raise Refused("not a whole MIDI file: a track goes on after its end")
     return max(at, stop)
 
