@@ -54,8 +54,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from miditok import REMI, TSD
+from miditok import REMI, TSD, TokenizerConfig, TokSequence
 from miditok.utils import get_bars_ticks
 from symusic import Score, TimeSignature
 
@@ -915,7 +916,7 @@ def test_maestro_keeps_its_published_split(tmp_path):
     split = ["train", "train", "validation", "test", "train", "validation"]
     rows = "".join(f"Composér,{side},2004/{n}.midi\n" for n, side in enumerate(split))
     files = {f"2004/{n}.midi": take_of(n) for n in range(len(split))}
-    files["maestro-v3.0.0.csv"] = f"canonical_composer,split,midi_filename\n{rows}".encode()
+    files["maestro-v3.0.0.csv"] = f"primerical_composer,split,midi_filename\n{rows}".encode()
     files["more.mid"] = take_of(2, 1)  # a take that the table does not have, of a piece that it has
     write_files(tmp_path, {f"maestro/{name}": content for name, content in files.items()})
     shutil.make_archive(tmp_path / "maestro", "zip", tmp_path, "maestro")
@@ -1404,8 +1405,13 @@ def markov(tmp_path_factory):
     """A data folder that a tiny model learns from at once: each token has four successors."""
     folder, rng = tmp_path_factory.mktemp("markov"), np.random.default_rng(0)
     meta = {"vocab_size": 64, "dtype": "uint16", "bos": 1, "eos": 2}
-    meta["tokenizer_sha256"] = hashlib.sha256(b"a stand-in").hexdigest()
-    (folder / "tokenizer.json").write_bytes(b"a stand-in")
+    settings = dict(use_pitchdrum_tokens=False, use_time_signatures=False, num_velocities=8)
+    settings |= dict(special_tokens=["PAD", "BOS", "EOS"], beat_res={(0, 2): 4})
+    tokenizer = REMI(TokenizerConfig(pitch_range=(60, 87), **settings))
+    assert len(tokenizer) == meta["vocab_size"]
+    tokenizer.save(folder / "tokenizer.json")
+    saved = (folder / "tokenizer.json").read_bytes()
+    meta["tokenizer_sha256"] = hashlib.sha256(saved).hexdigest()
     for side, lengths in (("train", rng.integers(20, 400, 40)), ("val", [3, 16, 17, 18, 33, 200])):
         walks = [3 + np.cumsum(rng.integers(1, 5, length - 2)) % 61 for length in lengths]
         ids = np.concatenate([[1, *walk, 2] for walk in walks]).astype(np.uint16)
@@ -1728,6 +1734,56 @@ def test_the_optimizer_finds_matrices_by_what_they_are(optimizer, rate, monkeypa
             np.testing.assert_allclose(step, -rate * np.sign(gradient), rtol=0.01, err_msg=name)
 
 
+@pytest.mark.parametrize("bpe", [True, False])
+def test_parts_of_a_token_are_the_sum_of_its_base_tokens_parts(bpe, etude_data, tmp_path):
+    """By MidiTok's own decoding; a pitch shares more with its octave than with the sixth."""
+    tokenizer = REMI(params=etude_data / "tokenizer.json") if bpe else REMI()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    parts_VN = train.parts_of_tokens(tmp_path / "tokenizer.json")
+    assert len(parts_VN) == len(tokenizer)
+    for token, parts_N in enumerate(parts_VN):
+        sequence = TokSequence(ids=[token], are_ids_encoded=bpe)
+        tokenizer.decode_token_ids(sequence)
+        np.testing.assert_allclose(parts_N, parts_VN[sequence.ids].sum(axis=0), atol=1e-5)
+    c4, others = tokenizer["Pitch_60"], [tokenizer[f"Pitch_{pitch}"] for pitch in range(61, 73)]
+    alike = parts_VN[others] @ parts_VN[c4]
+    assert (alike[11] > alike[5:11]).all()
+    (tmp_path / "tokenizer.json").write_text('{"alphabet": "of another kind"}')
+    with pytest.raises(model.Refused, match="--no-parts"):
+        train.parts_of_tokens(tmp_path / "tokenizer.json")
+
+
+def test_parts_are_learned_as_if_they_had_tables_of_their_own():
+    decoder, optimizer = random_decoder(TINY), optax.adam(0.01)
+    parts_VN = np.random.default_rng(0).normal(size=(TINY.vocab_size, 5)).astype("f4")
+    tables = jnp.zeros((5, TINY.dim)), jnp.zeros((TINY.dim, 5))
+    targets = random_tokens(2, 16)
+
+    def tables_of(decoder):
+        return decoder.token_VD, decoder.head_DV
+
+    def join(decoder, tables):
+        token_VD, head_DV = tables_of(decoder)
+        joined = token_VD + parts_VN @ tables[0], head_DV + tables[1] @ parts_VN.T
+        return eqx.tree_at(tables_of, decoder, joined)
+
+    def loss(decoder, tables=tables):
+        return train.token_losses(join(decoder, tables), targets, None, "float32").mean()
+
+    def three_steps(optimizer, trained, loss):
+        state = optimizer.init(trained)
+        for _ in range(3):
+            updates, state = optimizer.update(jax.grad(loss)(trained), state, trained)
+            trained = optax.apply_updates(trained, updates)
+        return trained
+
+    together = three_steps(train.learn_parts(optimizer, parts_VN), decoder, loss)
+    apart = join(*three_steps(optimizer, (decoder, tables), lambda trained: loss(*trained)))
+    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(apart)):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert np.abs(together.token_VD - three_steps(optimizer, decoder, loss).token_VD).max() > 0.01
+
+
 def test_gradients_of_a_frequent_token_add_up_in_bfloat16():
     decoder = random_decoder(dataclasses.replace(TINY, layers=1))
     tokens = np.full((300, 17), 7)
@@ -1915,7 +1971,9 @@ def step_for(flags, devices, vocab_size):
     args, _ = train.parse_flags([*map(str, flags)], devices)
     train.complete(args, mock.Mock(meta={"train": {"tokens": 10**9}}), devices)
     mesh = train.Mesh(devices, ("data",))
-    optimizer = train.make_optimizer(args, mesh)
+    parts_VN = np.random.default_rng(0).normal(size=(vocab_size, 240)).astype("f4")
+    with mock.patch.object(train, "parts_of_tokens", return_value=parts_VN):
+        optimizer = train.make_optimizer(args, mesh)
 
     def make_state():
         return train.fresh_state(train.fresh_model(args, vocab_size), optimizer)

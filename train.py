@@ -31,9 +31,11 @@ import re
 import time
 from pathlib import Path
 
+import equinox as eqx
 import filelock
 import jax
 import jax.numpy as jnp
+import miditok
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -57,7 +59,8 @@ SIZES = {  # flags that a size sets, unless they are typed
 RECIPES = {  # flags that a recipe sets, unless they are typed
     "default": dict(),
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
-    "modern": dict(optimizer="muon", rotary=True, qk_norm=True, primer=True, dropout=0.0),
+    "modern": dict(optimizer="muon", parts=True, rotary=True, qk_norm=True, primer=True,
+                   dropout=0.0),
 }
 # A checkpoint decides all fields of Config but these, and but the context where positions are
 # rotary. Each but vocab_size has a flag of its name.
@@ -98,6 +101,7 @@ def make_parser():
     knob = parser.add_argument_group("training").add_argument
     knob("--recipe", choices=RECIPES, default="default", help="see RECIPES")
     knob("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: in blocks")
+    knob("--parts", action=yes_or_no, default=False, help="tokens of like parts learn together")
     knob("--steps", type=int, help="optimizer steps; by default the least of the next two")
     knob("--max_steps", type=int, help="at the most; default: the size's")
     knob("--max_passes", type=float, help="over the data, at the most; default: 70")
@@ -148,12 +152,12 @@ def parse_flags(argv, devices):
         saved = load(source)[1]
         flags, names = saved["flags"], NETWORK
         if typed.resume:
-            names += "size", "recipe", "optimizer"
+            names += "size", "recipe", "optimizer", "parts"
             preset |= flags | {"data": str(Path(typed.run) / saved["data"])}
             if typed.max_steps or typed.max_passes:
                 preset["steps"] = None  # follows from these again
-        # a field that Config did not have yet has its default
-        decided = {name: flags.get(name, getattr(Config, name, None)) for name in names}
+        # what did not exist then has its default
+        decided = {name: flags.get(name, getattr(Config, name, False)) for name in names}
         preset |= decided
         if typed.init_from and flags.get("rotary"):
             decided.pop("context")  # no weight depends on it
@@ -254,6 +258,8 @@ def make_optimizer(args, mesh):
         turn = optax.stateless(lambda updates, _: orthogonalize(updates, mesh))
         kinds = {True: optax.chain(momentum, turn), False: direction}
         direction = optax.partition(kinds, are_matrices)
+    if args.parts:
+        direction = learn_parts(direction, parts_of_tokens(Path(args.data) / "tokenizer.json"))
     clip = optax.clip_by_global_norm(args.grad_clip)
     return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate))
 
@@ -265,6 +271,49 @@ def are_matrices(model):
         return jax.tree_util.GetAttrKey("blocks") in path and leaf.ndim == 2
 
     return jax.tree.map_with_path(is_matrix, model)
+
+
+def learn_parts(direction, parts_VN):
+    """Have tokens of like parts learn together, in the embedding and in the head.
+
+    `direction` works as if these were token_VD + parts_VN @ part_ND and head_DV + head_DN @
+    parts_VN.T, all four of them learned. Only the sums exist.
+    """
+
+    def with_parts(model):
+        return model, (parts_VN.T @ model.token_VD, model.head_DV @ parts_VN)
+
+    def update(gradient, state, model):
+        (updates, (part_ND, head_DN)), state = direction.update(with_parts(gradient), state)
+        sums = updates.token_VD + parts_VN @ part_ND, updates.head_DV + head_DN @ parts_VN.T
+        return eqx.tree_at(lambda tree: (tree.token_VD, tree.head_DV), updates, sums), state
+
+    return optax.GradientTransformation(lambda model: direction.init(with_parts(model)), update)
+
+
+def parts_of_tokens(path):
+    """What each token of a tokenizer.json is made of, in numbers that like tokens share: [V, N].
+
+    BPE joined base tokens, like Pitch_60, the 40th of its type. A base token has one number for its
+    type and waves for its rank, of pitches also for the place in an octave, of positions in a beat
+    (as Guo et al. 2022 write pitches and durations). A token has the sum of its base tokens'.
+    """
+    try:
+        tokenizer = getattr(miditok, json.loads(path.read_bytes())["tokenization"])(params=path)
+    except (AttributeError, KeyError, ValueError):
+        raise Refused(f"--parts: {path} is not one of MidiTok's; go on with --no-parts") from None
+    types = [name.split("_")[0] for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
+    base = []
+    for token, type_ in enumerate(types):
+        rank, count = types[:token].count(type_), types.count(type_)
+        cycle = {"Pitch": 12, "Position": count / 4}.get(type_, np.inf)
+        turns = rank * np.append(np.array([0.5, 1, 2, 4]) / count, np.arange(1, 7) / cycle)
+        waves = np.exp(2j * np.pi * turns)
+        base.append(np.kron(np.unique(types) == type_, [1, *waves.real, *waves.imag]))
+    bpe = tokenizer.is_trained
+    made_of = [miditok.TokSequence(ids=[i], are_ids_encoded=bpe) for i in range(len(tokenizer))]
+    tokenizer.decode_token_ids(made_of)
+    return np.float32([np.array(base)[sequence.ids].sum(axis=0) for sequence in made_of])
 
 
 def orthogonalize(momentum, mesh):
