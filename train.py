@@ -310,10 +310,10 @@ def parts_of_tokens(path):
         turns = rank * np.append(np.array([0.5, 1, 2, 4]) / count, np.arange(1, 7) / cycle)
         waves = np.exp(2j * np.pi * turns)
         base.append(np.kron(np.unique(types) == type_, [1, *waves.real, *waves.imag]))
-    bpe = tokenizer.is_trained
+    base, bpe = np.array(base), tokenizer.is_trained
     made_of = [miditok.TokSequence(ids=[i], are_ids_encoded=bpe) for i in range(len(tokenizer))]
     tokenizer.decode_token_ids(made_of)
-    return np.float32([np.array(base)[sequence.ids].sum(axis=0) for sequence in made_of])
+    return np.float32([base[sequence.ids].sum(axis=0) for sequence in made_of])
 
 
 def orthogonalize(momentum, mesh):
