@@ -916,7 +916,7 @@ def test_maestro_keeps_its_published_split(tmp_path):
     split = ["train", "train", "validation", "test", "train", "validation"]
     rows = "".join(f"Composér,{side},2004/{n}.midi\n" for n, side in enumerate(split))
     files = {f"2004/{n}.midi": take_of(n) for n in range(len(split))}
-    files["maestro-v3.0.0.csv"] = f"primerical_composer,split,midi_filename\n{rows}".encode()
+    files["maestro-v3.0.0.csv"] = f"canonical_composer,split,midi_filename\n{rows}".encode()
     files["more.mid"] = take_of(2, 1)  # a take that the table does not have, of a piece that it has
     write_files(tmp_path, {f"maestro/{name}": content for name, content in files.items()})
     shutil.make_archive(tmp_path / "maestro", "zip", tmp_path, "maestro")

@@ -61,7 +61,7 @@ RECIPES = {  # flags that a recipe sets, unless they are typed
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
     "modern": dict(optimizer="muon", parts=True, rotary=True, qk_norm=True, primer=True,
                    dropout=0.0),
-}
+}  # fmt: skip
 # A checkpoint decides all fields of Config but these, and but the context where positions are
 # rotary. Each but vocab_size has a flag of its name.
 NOT_GIVEN = "vocab_size", "dropout", "attention"
@@ -306,7 +306,7 @@ def parts_of_tokens(path):
     base = []
     for token, type_ in enumerate(types):
         rank, count = types[:token].count(type_), types.count(type_)
-        cycle = {"Pitch": 12, "Position": count / 4}.get(type_, np.inf)
+        cycle = {"Pitch": 12, "Position": count / 4}.get(type_, np.inf)  # inf: none turns
         turns = rank * np.append(np.array([0.5, 1, 2, 4]) / count, np.arange(1, 7) / cycle)
         waves = np.exp(2j * np.pi * turns)
         base.append(np.kron(np.unique(types) == type_, [1, *waves.real, *waves.imag]))
