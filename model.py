@@ -43,6 +43,7 @@ class Config:
     rotary: bool = False  # turn queries and keys by their position, instead of learned positions
     qk_norm: bool = False  # queries and keys of length 1, times a learned scale
     primer: bool = False  # ReLU squared, and blocks that hear the three tokens before each
+    musical_time: bool = False  # attention also sees how far apart tokens are in the music
 
     def __post_init__(self):
         if self.dim % (2 * self.heads):  # rotary positions turn pairs of numbers
@@ -85,7 +86,7 @@ class Attention(eqx.Module):
         self.scale_H = jnp.full(cfg.heads, 10.0) if cfg.qk_norm else None  # learned from 10 on
         self.cfg = cfg
 
-    def __call__(self, x_BTD, cache=None, start=0):
+    def __call__(self, x_BTD, cache=None, start=0, ticks_BT=None):
         """x [B, T, D] -> as much, and the cache with these tokens' keys and values in it."""
         cfg = self.cfg
         q_BHTK = split_heads(x_BTD @ self.q_DD, cfg.heads)
@@ -95,13 +96,18 @@ class Attention(eqx.Module):
             sqrt_K = q_BHTK.shape[-1] ** 0.5  # attention divides by it: scores are scale * cosine
             q_BHTK = normalize(q_BHTK) * (sqrt_K * self.scale_H)[:, None, None]
             k_BHTK = normalize(k_BHTK)
+        place_T = start + jnp.arange(x_BTD.shape[1])
         if cfg.rotary:
-            q_BHTK, k_BHTK = rotate(q_BHTK, start), rotate(k_BHTK, start)
+            q_BHTK, k_BHTK = rotate(q_BHTK, place_T, ticks_BT), rotate(k_BHTK, place_T, ticks_BT)
+        if cfg.musical_time:  # values turn as well, by time alone ...
+            v_BHTK = rotate(v_BHTK, 0 * place_T, ticks_BT)
         if cache is None:
             mixed_BHTK = causal_attention(q_BHTK, k_BHTK, v_BHTK, cfg.attention)
         else:
             cache = extend(cache, k_BHTK, v_BHTK, start)
             mixed_BHTK = attention(q_BHTK, *cache, start)
+        if cfg.musical_time:  # ... and back: a note of 9 ticks that began 5 ago comes as one of 4
+            mixed_BHTK = rotate(mixed_BHTK, 0 * place_T, -ticks_BT)
         mixed_BTD = mixed_BHTK.swapaxes(1, 2).reshape(x_BTD.shape)
         return mixed_BTD @ self.out_DD + self.out_bias_D, cache
 
@@ -145,12 +151,13 @@ class Block(eqx.Module):
         self.loud_31D = jnp.zeros((3, 1, cfg.dim)) if cfg.primer else None
         self.cfg = cfg
 
-    def __call__(self, x_BTD, seeds_B=None, cache=None, start=0):
+    def __call__(self, x_BTD, seeds_B=None, cache=None, start=0, ticks_BT=None):
         cache, before_B3D = cache or (None, None)
         heard_BTD = x_BTD
         if self.cfg.primer:
             heard_BTD, before_B3D = hear(x_BTD, self.loud_31D, before_B3D, start)
-        attended_BTD, cache = self.attention(self.attention_norm(heard_BTD), cache, start)
+        normed_BTD = self.attention_norm(heard_BTD)
+        attended_BTD, cache = self.attention(normed_BTD, cache, start, ticks_BT)
         mlp_BTD = self.mlp(self.mlp_norm(heard_BTD))
         x_BTD += dropout(attended_BTD, fold(seeds_B, 0), self.cfg.dropout)
         x_BTD += dropout(mlp_BTD, fold(seeds_B, 1), self.cfg.dropout)
@@ -162,6 +169,7 @@ class Decoder(eqx.Module):
 
     token_VD: jax.Array
     position_TD: jax.Array | None  # learned, added to the token's embedding
+    moves_V2: jax.Array | None  # with musical_time: what `tell_time` needs; not learned
     blocks: list[Block]
     norm: "LayerNorm"
     head_DV: jax.Array  # not tied to token_VD
@@ -172,6 +180,7 @@ class Decoder(eqx.Module):
         token_key, position_key, head_key, blocks_key = jax.random.split(key, 4)
         self.token_VD = normal(token_key, cfg.vocab_size, cfg.dim)
         self.position_TD = None if cfg.rotary else normal(position_key, cfg.context, cfg.dim)
+        self.moves_V2 = jnp.zeros((cfg.vocab_size, 2)) if cfg.musical_time else None
         self.blocks = [Block(cfg, key) for key in jax.random.split(blocks_key, cfg.layers)]
         self.norm = LayerNorm(cfg.dim)
         self.head_DV = normal(head_key, cfg.dim, cfg.vocab_size)
@@ -190,14 +199,17 @@ class Decoder(eqx.Module):
         if not self.cfg.rotary:
             x_BTD += jax.lax.dynamic_slice_in_dim(self.position_TD, start, tokens_BT.shape[1])
         x_BTD = dropout(x_BTD, fold(seeds_B, 0), self.cfg.dropout)
-        cache = cache or [None] * self.cfg.layers
-        filled = []
+        layers, clock_B2 = cache or ([None] * self.cfg.layers, jnp.zeros((len(tokens_BT), 2)))
+        ticks_BT, filled = None, []
+        if self.cfg.musical_time:  # the clock begins with the window
+            ticks_BT, clock_B2 = tell_time(self.moves_V2[tokens_BT], clock_B2 * (start > 0))
         # unrolled: by the TPU compiler's estimate, a scan over layers takes 1.4 times as long
         for layer, block in enumerate(self.blocks):
-            x_BTD, layer_cache = block(x_BTD, fold(seeds_B, layer + 1), cache[layer], start)
+            seeds = fold(seeds_B, layer + 1)
+            x_BTD, layer_cache = block(x_BTD, seeds, layers[layer], start, ticks_BT)
             filled.append(layer_cache)
         logits_BTV = jnp.matmul(self.norm(x_BTD), self.head_DV, preferred_element_type=jnp.float32)
-        return logits_BTV + self.head_bias_V, filled
+        return logits_BTV + self.head_bias_V, (filled, clock_B2)
 
 
 # ---------------------------------------------------------------------------------------- its parts
@@ -238,16 +250,40 @@ def normalize(x):
     return x * jax.lax.rsqrt(square_sum + 1e-6).astype(x.dtype)
 
 
-def rotate(x_BHTK, start):
-    """Turn pairs of numbers by angles that grow with the position (RoPE, Su et al. 2021)."""
-    T, K = x_BHTK.shape[2:]
-    frequency = 10_000.0 ** -jnp.linspace(0, 1, K // 2, endpoint=False)
-    angle_TK = jnp.tile((start + jnp.arange(T))[:, None] * frequency, 2)
+def rotate(x_BHTK, place_T, ticks_BT=None):
+    """Turn pairs of numbers by angles that grow with the position (RoPE, Su et al. 2021).
+
+    With ticks, half of the pairs turn by musical time instead (Schoen & Tompits 2026), once in 2
+    ticks to once in 256. Values that turn, too, are from Garcia-Castellanos et al. 2026.
+    """
+    K = x_BHTK.shape[-1]
+    timed = 0 if ticks_BT is None else K // 4
+    frequency = 10_000.0 ** -jnp.linspace(0, 1, K // 2 - timed, endpoint=False)
+    angle = place_T[:, None] * frequency
+    if ticks_BT is not None:
+        period = 2.0 ** jnp.linspace(1, 9, timed, endpoint=False)
+        by_time = 2 * jnp.pi * ticks_BT[:, None, :, None] / period
+        by_place = jnp.broadcast_to(angle, (len(ticks_BT), 1, *angle.shape))
+        angle = jnp.concatenate([by_time, by_place], axis=-1)
+    angle_TK = jnp.tile(angle, 2)
     # a product turns (a, b) into (-b, a): to cut x in two would take a fifth of the step on TPU,
     # by the compiler's estimate
     quarter_turn_KK = np.kron([[0, 1], [-1, 0]], np.eye(K // 2)).astype(x_BHTK.dtype)
     turned_BHTK = x_BHTK @ quarter_turn_KK
     return (x_BHTK * jnp.cos(angle_TK) + turned_BHTK * jnp.sin(angle_TK)).astype(x_BHTK.dtype)
+
+
+def tell_time(moves_BT2, clock_B2):
+    """At what tick of the music each token stands, [B, T], and the clock, to go on from.
+
+    moves: by how many ticks time goes on at a token, for a Bar or TimeShift; and for a Position,
+    how far into its bar what follows stands. The clock is the sum of the first, and the last tick.
+    """
+    moves_BT2 = jax.lax.stop_gradient(moves_BT2.astype(jnp.float32))
+    passed_BT = clock_B2[:, :1] + jnp.cumsum(moves_BT2[..., 0], axis=1)
+    ticks_BT = jax.lax.cummax(passed_BT + moves_BT2[..., 1], axis=1)
+    ticks_BT = jnp.maximum(ticks_BT, clock_B2[:, 1:])
+    return ticks_BT, jnp.stack([passed_BT[:, -1], ticks_BT[:, -1]], axis=1)
 
 
 def hear(x_BTD, loud_31D, before_B3D, start):
@@ -295,14 +331,16 @@ def dropout(x_BTD, seeds_B, rate):
 
 
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
-    """Each layer's keys and values of `slots` tokens (a context), [B, H, S, K], and last inputs."""
+    """Of each layer keys and values, [B, H, S, K], of `slots` tokens (a context), and the inputs of
+    the last three; and the clock of musical time."""
     shape_BHSK = (batch, cfg.heads, slots or cfg.context, cfg.dim // cfg.heads)
     shape_B3D = (batch, 3, cfg.dim)
 
     def zeros(shape):
         return jnp.zeros(shape, dtype)
 
-    return [((zeros(shape_BHSK), zeros(shape_BHSK)), zeros(shape_B3D)) for _ in range(cfg.layers)]
+    layers = [((zeros(shape_BHSK), zeros(shape_BHSK)), zeros(shape_B3D)) for _ in range(cfg.layers)]
+    return layers, jnp.zeros((batch, 2))
 
 
 def extend(cache, k_BHTK, v_BHTK, start):

@@ -173,7 +173,7 @@ class Music(NamedTuple):
     tokens_BN: jax.Array
     length: jax.Array
     begin: jax.Array  # of the window that the model sees
-    cache: list  # keys and values of the window, but for its last token
+    cache: tuple  # what the model remembers of the window, but for its last token
     open_BU: jax.Array  # by the grammar
 
 

@@ -1238,7 +1238,8 @@ def bench_pieces(files=1_000_000):
 # ------------------------------------------------------------------------------------ model.py
 
 TINY = model.Config(vocab_size=50, dim=16, heads=2, layers=2, context=16, dropout=0.1)
-MODERN = dataclasses.replace(TINY, rotary=True, qk_norm=True, primer=True)
+ROTARY = dataclasses.replace(TINY, rotary=True, qk_norm=True, primer=True)
+MODERN = dataclasses.replace(ROTARY, musical_time=True)
 
 
 def random_tokens(*shape):
@@ -1257,11 +1258,12 @@ def test_reference_model_has_the_published_number_of_parameters():
     assert model.parameter_count(reference) == 101_184_784
 
 
-@pytest.mark.parametrize("cfg", [TINY, MODERN])
+@pytest.mark.parametrize("cfg", [TINY, ROTARY, MODERN])
 def test_decoder_equals_its_formula_in_numpy(cfg):
     """LayerNorm first, attention and MLP in parallel, biases everywhere but on q, k and v.
 
-    Learned positions are added; or pairs of numbers, as complex ones, are turned by the position.
+    Learned positions are added; or pairs of numbers, as complex ones, are turned by the position,
+    or half of them by musical time, and values as well, by the time from there to the query.
     """
     decoder, tokens = random_decoder(cfg), random_tokens(16)
 
@@ -1269,11 +1271,18 @@ def test_decoder_equals_its_formula_in_numpy(cfg):
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * layer.scale_D + layer.shift_D
 
-    def turn(x):
-        angles = np.arange(16)[:, None] * 10_000.0 ** -(np.arange(4) / 4)
+    def turn(x, place, time):
+        angles = np.outer(place, 10_000.0 ** -(np.arange(4) / 4))
+        if cfg.musical_time:
+            slow = np.outer(place, [1, 0.01])
+            angles = np.hstack([2 * np.pi * np.outer(time, [1 / 2, 1 / 32]), slow])
         pairs = (x[:, :4] + 1j * x[:, 4:]) * np.exp(1j * angles)
         return np.concatenate([pairs.real, pairs.imag], axis=1)
 
+    places, nowhere, ticks = np.arange(16), np.zeros(16), None
+    if cfg.musical_time:
+        moved, position = decoder.moves_V2[tokens].T
+        ticks = np.maximum.accumulate(np.append(0, moved.cumsum() + position))[1:]
     x = decoder.token_VD[tokens] + (0 if cfg.rotary else decoder.position_TD)
     for block in decoder.blocks:
         heard = x.copy()
@@ -1287,9 +1296,12 @@ def test_decoder_equals_its_formula_in_numpy(cfg):
                 q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
                 q *= part.scale_H[h] * np.sqrt(8)
             if cfg.rotary:
-                q, k = turn(q), turn(k)
+                q, k = turn(q, places, ticks), turn(k, places, ticks)
+            if cfg.musical_time:
+                v = turn(v, nowhere, ticks)
             scores = np.where(np.tri(16), np.exp(q @ k.T / np.sqrt(8)), 0)
-            heads.append(scores / scores.sum(-1, keepdims=True) @ v)
+            mixed = scores / scores.sum(-1, keepdims=True) @ v
+            heads.append(turn(mixed, nowhere, -ticks) if cfg.musical_time else mixed)
         hidden = norm(block.mlp_norm, heard) @ block.mlp.up_DF + block.mlp.up_bias_F
         hidden = hidden.clip(0) ** 2 if cfg.primer else hidden / (1 + np.exp(-hidden))
         mlp = hidden @ block.mlp.down_FD + block.mlp.down_bias_D
@@ -1734,54 +1746,46 @@ def test_the_optimizer_finds_matrices_by_what_they_are(optimizer, rate, monkeypa
             np.testing.assert_allclose(step, -rate * np.sign(gradient), rtol=0.01, err_msg=name)
 
 
-@pytest.mark.parametrize("bpe", [True, False])
-def test_parts_of_a_token_are_the_sum_of_its_base_tokens_parts(bpe, etude_data, tmp_path):
-    """By MidiTok's own decoding; a pitch shares more with its octave than with the sixth."""
-    tokenizer = REMI(params=etude_data / "tokenizer.json") if bpe else REMI()
+@pytest.mark.parametrize("kind", ["REMI with BPE", "REMI", "TSD"])
+def test_musical_time_is_that_of_the_notes_in_miditoks_decoding(kind, etude_data, tmp_path):
+    """Also token by token, as sampling goes."""
+    trained = REMI(params=etude_data / "tokenizer.json")
+    bpe = kind == "REMI with BPE"
+    tokenizer = trained if bpe else {"REMI": REMI, "TSD": TSD}[kind](trained.config)
     tokenizer.save(tmp_path / "tokenizer.json")
-    parts_VN = train.parts_of_tokens(tmp_path / "tokenizer.json")
-    assert len(parts_VN) == len(tokenizer)
-    for token, parts_N in enumerate(parts_VN):
+    moves_V2 = train.moves_of_tokens(tmp_path / "tokenizer.json")
+    assert len(moves_V2) == len(tokenizer)
+    ids = tokenizer.encode(etude(trained))[0].ids
+    ticks_1T, clock_12 = model.tell_time(moves_V2[[ids]], jnp.zeros((1, 2)))
+
+    notes = []
+    for tick, token in zip(ticks_1T[0], ids):
         sequence = TokSequence(ids=[token], are_ids_encoded=bpe)
         tokenizer.decode_token_ids(sequence)
-        np.testing.assert_allclose(parts_N, parts_VN[sequence.ids].sum(axis=0), atol=1e-5)
-    c4, others = tokenizer["Pitch_60"], [tokenizer[f"Pitch_{pitch}"] for pitch in range(61, 73)]
-    alike = parts_VN[others] @ parts_VN[c4]
-    assert (alike[11] > alike[5:11]).all()
+        kinds = [tokenizer[base].split("_")[0] for base in sequence.ids]
+        notes += [tick] * kinds.count("Pitch")
+    score = tokenizer.decode([TokSequence(ids=ids, are_ids_encoded=bpe)])
+    beat = score.ticks_per_quarter / tokenizer.config.max_num_pos_per_beat
+    begins = [note.time / beat for track in score.tracks for note in track.notes]
+    assert np.ptp(notes) > 500
+    np.testing.assert_allclose(np.array(notes) - notes[0], np.sort(begins) - min(begins))
+
+    one_by_one, clock = [], jnp.zeros((1, 2))
+    for token in ids:
+        tick_11, clock = model.tell_time(moves_V2[[[token]]], clock)
+        one_by_one.append(tick_11[0, 0])
+    np.testing.assert_array_equal(one_by_one, ticks_1T[0])
+    np.testing.assert_array_equal(clock, clock_12)
+
+
+def test_musical_time_is_the_tokenizers_and_nothing_learned(markov, turned, tmp_path):
+    with np.load(turned / "best.ckpt") as file:
+        moves_V2 = file["['model'].moves_V2"]
+    np.testing.assert_array_equal(moves_V2, train.moves_of_tokens(markov / "tokenizer.json"))
+    assert moves_V2.max(axis=0).tolist() == [16, 15]  # its bar, and its last position there
     (tmp_path / "tokenizer.json").write_text('{"alphabet": "of another kind"}')
-    with pytest.raises(model.Refused, match="--no-parts"):
-        train.parts_of_tokens(tmp_path / "tokenizer.json")
-
-
-def test_parts_are_learned_as_if_they_had_tables_of_their_own():
-    decoder, optimizer = random_decoder(TINY), optax.adam(0.01)
-    parts_VN = np.random.default_rng(0).normal(size=(TINY.vocab_size, 5)).astype("f4")
-    tables = jnp.zeros((5, TINY.dim)), jnp.zeros((TINY.dim, 5))
-    targets = random_tokens(2, 16)
-
-    def tables_of(decoder):
-        return decoder.token_VD, decoder.head_DV
-
-    def join(decoder, tables):
-        token_VD, head_DV = tables_of(decoder)
-        joined = token_VD + parts_VN @ tables[0], head_DV + tables[1] @ parts_VN.T
-        return eqx.tree_at(tables_of, decoder, joined)
-
-    def loss(decoder, tables=tables):
-        return train.token_losses(join(decoder, tables), targets, None, "float32").mean()
-
-    def three_steps(optimizer, trained, loss):
-        state = optimizer.init(trained)
-        for _ in range(3):
-            updates, state = optimizer.update(jax.grad(loss)(trained), state, trained)
-            trained = optax.apply_updates(trained, updates)
-        return trained
-
-    together = three_steps(train.learn_parts(optimizer, parts_VN), decoder, loss)
-    apart = join(*three_steps(optimizer, (decoder, tables), lambda trained: loss(*trained)))
-    for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(apart)):
-        np.testing.assert_allclose(one, other, atol=1e-4)
-    assert np.abs(together.token_VD - three_steps(optimizer, decoder, loss).token_VD).max() > 0.01
+    with pytest.raises(model.Refused, match="--no-musical_time"):
+        train.moves_of_tokens(tmp_path / "tokenizer.json")
 
 
 def test_gradients_of_a_frequent_token_add_up_in_bfloat16():
@@ -1971,9 +1975,7 @@ def step_for(flags, devices, vocab_size):
     args, _ = train.parse_flags([*map(str, flags)], devices)
     train.complete(args, mock.Mock(meta={"train": {"tokens": 10**9}}), devices)
     mesh = train.Mesh(devices, ("data",))
-    parts_VN = np.random.default_rng(0).normal(size=(vocab_size, 240)).astype("f4")
-    with mock.patch.object(train, "parts_of_tokens", return_value=parts_VN):
-        optimizer = train.make_optimizer(args, mesh)
+    optimizer = train.make_optimizer(args, mesh)
 
     def make_state():
         return train.fresh_state(train.fresh_model(args, vocab_size), optimizer)
@@ -2349,7 +2351,9 @@ def test_sample_grammar_leaves_no_syntax_error_and_forbids_no_music(make, remi):
 @pytest.mark.parametrize(
     "rotary, drop, given", [(False, 5, 0), (False, None, 50), (True, None, 0), (True, None, 50)]
 )
-def test_sample_draws_from_logits_of_a_full_forward_pass(monkeypatch, remi, rotary, drop, given):
+def test_sample_draws_from_logits_of_a_full_forward_pass(
+    monkeypatch, tmp_path, remi, rotary, drop, given
+):
     """At every position, in the context of 32 and past it, after shorter and longer prompts."""
     seen = []
 
@@ -2361,9 +2365,13 @@ def test_sample_draws_from_logits_of_a_full_forward_pass(monkeypatch, remi, rota
                 jax.debug.callback(see, logits_BTV[:, 0], ordered=True)
             return logits_BTV, cache
 
-    cfg = untrained(len(remi), rotary=rotary, qk_norm=rotary, primer=True).cfg
+    modern = dict(rotary=rotary, qk_norm=rotary, primer=True, musical_time=True)
+    cfg = untrained(len(remi), **modern).cfg
     watched = leaning(Watched(cfg, jax.random.key(0)), remi["EOS_None"], -1e9)
     watched = jax.tree.map(lambda leaf: leaf * 5, watched)  # for logits that differ by much
+    remi.save(tmp_path / "tokenizer.json")
+    moves_V2 = jnp.array(train.moves_of_tokens(tmp_path / "tokenizer.json"))
+    watched = eqx.tree_at(lambda decoder: decoder.moves_V2, watched, moves_V2)
     ids = midi_tokenize.encode(etude(remi), remi)[:given]
     pieces = compose(watched, remi, 80, [(0, 1.0), (1, 1.0)], ids, window_drop=drop)
     jax.effects_barrier()

@@ -59,7 +59,7 @@ SIZES = {  # flags that a size sets, unless they are typed
 RECIPES = {  # flags that a recipe sets, unless they are typed
     "default": dict(),
     "original": dict(windows="chunks", learning_rate=1e-3, dropout=0.1),
-    "modern": dict(optimizer="muon", parts=True, rotary=True, qk_norm=True, primer=True,
+    "modern": dict(optimizer="muon", rotary=True, qk_norm=True, primer=True, musical_time=True,
                    dropout=0.0),
 }  # fmt: skip
 # A checkpoint decides all fields of Config but these, and but the context where positions are
@@ -96,12 +96,13 @@ def make_parser():
     knob("--rotary", action=yes_or_no, default=False, help="rotary instead of learned positions")
     knob("--qk_norm", action=yes_or_no, default=False, help="queries and keys of length 1")
     knob("--primer", action=yes_or_no, default=False, help="ReLU squared; hear the tokens before")
+    knob("--musical_time", action=yes_or_no, default=False,
+         help="attend by time in the music, too")  # fmt: skip
     knob("--dropout", type=float, help="share of the activations that training zeroes, under 1")
 
     knob = parser.add_argument_group("training").add_argument
     knob("--recipe", choices=RECIPES, default="default", help="see RECIPES")
     knob("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: in blocks")
-    knob("--parts", action=yes_or_no, default=False, help="tokens of like parts learn together")
     knob("--steps", type=int, help="optimizer steps; by default the least of the next two")
     knob("--max_steps", type=int, help="at the most; default: the size's")
     knob("--max_passes", type=float, help="over the data, at the most; default: 70")
@@ -152,7 +153,7 @@ def parse_flags(argv, devices):
         saved = load(source)[1]
         flags, names = saved["flags"], NETWORK
         if typed.resume:
-            names += "size", "recipe", "optimizer", "parts"
+            names += "size", "recipe", "optimizer"
             preset |= flags | {"data": str(Path(typed.run) / saved["data"])}
             if typed.max_steps or typed.max_passes:
                 preset["steps"] = None  # follows from these again
@@ -258,8 +259,6 @@ def make_optimizer(args, mesh):
         turn = optax.stateless(lambda updates, _: orthogonalize(updates, mesh))
         kinds = {True: optax.chain(momentum, turn), False: direction}
         direction = optax.partition(kinds, are_matrices)
-    if args.parts:
-        direction = learn_parts(direction, parts_of_tokens(Path(args.data) / "tokenizer.json"))
     clip = optax.clip_by_global_norm(args.grad_clip)
     return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate))
 
@@ -271,49 +270,6 @@ def are_matrices(model):
         return jax.tree_util.GetAttrKey("blocks") in path and leaf.ndim == 2
 
     return jax.tree.map_with_path(is_matrix, model)
-
-
-def learn_parts(direction, parts_VN):
-    """Have tokens of like parts learn together, in the embedding and in the head.
-
-    `direction` works as if these were token_VD + parts_VN @ part_ND and head_DV + head_DN @
-    parts_VN.T, all four of them learned. Only the sums exist.
-    """
-
-    def with_parts(model):
-        return model, (parts_VN.T @ model.token_VD, model.head_DV @ parts_VN)
-
-    def update(gradient, state, model):
-        (updates, (part_ND, head_DN)), state = direction.update(with_parts(gradient), state)
-        sums = updates.token_VD + parts_VN @ part_ND, updates.head_DV + head_DN @ parts_VN.T
-        return eqx.tree_at(lambda tree: (tree.token_VD, tree.head_DV), updates, sums), state
-
-    return optax.GradientTransformation(lambda model: direction.init(with_parts(model)), update)
-
-
-def parts_of_tokens(path):
-    """What each token of a tokenizer.json is made of, in numbers that like tokens share: [V, N].
-
-    BPE joined base tokens, like Pitch_60, the 40th of its type. A base token has one number for its
-    type and waves for its rank, of pitches also for the place in an octave, of positions in a beat
-    (as Guo et al. 2022 write pitches and durations). A token has the sum of its base tokens'.
-    """
-    try:
-        tokenizer = getattr(miditok, json.loads(path.read_bytes())["tokenization"])(params=path)
-    except (AttributeError, KeyError, ValueError):
-        raise Refused(f"--parts: {path} is not one of MidiTok's; go on with --no-parts") from None
-    types = [name.split("_")[0] for name in sorted(tokenizer.vocab, key=tokenizer.vocab.get)]
-    base = []
-    for token, type_ in enumerate(types):
-        rank, count = types[:token].count(type_), types.count(type_)
-        cycle = {"Pitch": 12, "Position": count / 4}.get(type_, np.inf)  # inf: none turns
-        turns = rank * np.append(np.array([0.5, 1, 2, 4]) / count, np.arange(1, 7) / cycle)
-        waves = np.exp(2j * np.pi * turns)
-        base.append(np.kron(np.unique(types) == type_, [1, *waves.real, *waves.imag]))
-    base, bpe = np.array(base), tokenizer.is_trained
-    made_of = [miditok.TokSequence(ids=[i], are_ids_encoded=bpe) for i in range(len(tokenizer))]
-    tokenizer.decode_token_ids(made_of)
-    return np.float32([base[sequence.ids].sum(axis=0) for sequence in made_of])
 
 
 def orthogonalize(momentum, mesh):
@@ -381,6 +337,33 @@ def fresh_model(args, vocab_size):
     """Random weights of the network that the flags describe."""
     shape = {name: getattr(args, name) for name in (*NETWORK, "dropout", "attention")}
     return Decoder(Config(vocab_size, **shape), jax.random.key(args.seed))
+
+
+def moves_of_tokens(path):
+    """How the tokens of a tokenizer.json move musical time, in ticks, for `tell_time`: [V, 2].
+
+    A tick is the finest position. A bar is taken for four beats, whatever its time signature.
+    """
+    try:
+        tokenizer = getattr(miditok, json.loads(path.read_bytes())["tokenization"])(params=path)
+    except (AttributeError, KeyError, ValueError):
+        cure = "go on with --no-musical_time"
+        raise Refused(f"{path}: not a tokenizer of MidiTok's; {cure}") from None
+    ticks_a_beat = tokenizer.config.max_num_pos_per_beat
+    moves = np.zeros((len(tokenizer.vocab), 2), np.float32)
+    for name, token in tokenizer.vocab.items():
+        kind, _, value = name.partition("_")
+        if kind == "Bar":
+            moves[token, 0] = 4 * ticks_a_beat
+        elif kind == "Position":
+            moves[token, 1] = int(value)
+        elif kind == "TimeShift":
+            beats, part, parts = map(int, value.split("."))
+            moves[token, 0] = (beats + part / parts) * ticks_a_beat
+    bpe = tokenizer.is_trained  # it joined base tokens, of which these are
+    joined = [miditok.TokSequence(ids=[i], are_ids_encoded=bpe) for i in range(len(tokenizer))]
+    tokenizer.decode_token_ids(joined)
+    return np.array([moves[sequence.ids].sum(axis=0) for sequence in joined])
 
 
 def fresh_state(model, optimizer):
@@ -666,6 +649,9 @@ def throughput(args, mesh, model, tokens_per_second):
 def fresh_or_restored(args, data, mesh, optimizer, saved):
     """The state to train, on every device, and the facts of the run: new, fine-tuned or resumed."""
     model = jax.jit(lambda: fresh_model(args, data.meta["vocab_size"]))()
+    if args.musical_time:
+        moves_V2 = moves_of_tokens(data.folder / "tokenizer.json")
+        model = eqx.tree_at(lambda model: model.moves_V2, model, moves_V2)
     if args.init_from and not args.resume:
         model = load(args.init_from, {"model": model})[0]["model"]
     state = fresh_state(model, optimizer)
