@@ -733,10 +733,10 @@ def judge(notes, given, ended):
     - two more if that is a long chord on the tonic of the key that it began in,
     - one if its new notes (all but the first `given`) go on for at most 90 s,
     - two more if that is at least 30 s,
-    - two if it never repeats a figure for over 8 s (one at 16 s),
-    - two if it never strikes a key over 12 times running (one at 24),
+    - four if it never repeats a figure for over 8 s (two at 16 s),
+    - six if it never strikes a key over 12 times running (three at 24),
     - one if it is never silent for 2 s,
-    - 0.8 for each tenth of the later half of its new notes, which tends to stray, in that key.
+    - 1.6 for each tenth of the later half of its new notes, which tends to stray, in that key.
     """
     onset, end, pitch = notes["time"], notes["time"] + notes["duration"], notes["pitch"]
     tonic, mode = find_key({name: column[onset < onset[0] + 30] for name, column in notes.items()})
@@ -749,8 +749,8 @@ def judge(notes, given, ended):
     silences = onset[1:] - np.maximum.accumulate(end)[:-1]
     silence = silences[max(0, given - 1) :].max(initial=0)
     points = ended + 2 * home + (seconds <= 90) + 2 * (30 <= seconds <= 90)
-    points += 8 * is_in_key[len(is_in_key) // 2 :].mean()
-    points += 2 * 8 / max(loop, 8) + 2 * 12 / max(strikes, 12) + (silence < 2)
+    points += 16 * is_in_key[len(is_in_key) // 2 :].mean()
+    points += 4 * 8 / max(loop, 8) + 6 * 12 / max(strikes, 12) + (silence < 2)
     says = {
         "does not come to an end": not ended,
         "ends by itself": ended and not home,
