@@ -205,8 +205,8 @@ class Decoder(eqx.Module):
             ticks_BT, clock_B2 = tell_time(self.moves_V2[tokens_BT], clock_B2 * (start > 0))
         # unrolled: by the TPU compiler's estimate, a scan over layers takes 1.4 times as long
         for layer, block in enumerate(self.blocks):
-            seeds = fold(seeds_B, layer + 1)
-            x_BTD, layer_cache = block(x_BTD, seeds, layers[layer], start, ticks_BT)
+            layer_seeds_B = fold(seeds_B, layer + 1)
+            x_BTD, layer_cache = block(x_BTD, layer_seeds_B, layers[layer], start, ticks_BT)
             filled.append(layer_cache)
         logits_BTV = jnp.matmul(self.norm(x_BTD), self.head_DV, preferred_element_type=jnp.float32)
         return logits_BTV + self.head_bias_V, (filled, clock_B2)
@@ -253,8 +253,8 @@ def normalize(x):
 def rotate(x_BHTK, place_T, ticks_BT=None):
     """Turn pairs of numbers by angles that grow with the position (RoPE, Su et al. 2021).
 
-    With ticks, half of the pairs turn by musical time instead (Schoen & Tompits 2026), once in 2
-    ticks to once in 256. Values that turn, too, are from Garcia-Castellanos et al. 2026.
+    With ticks, half of the pairs turn by musical time instead (Schoen & Tompits 2026), the fastest
+    once in 2 of them, all in less than 512. Turned values: Garcia-Castellanos et al. 2026.
     """
     K = x_BHTK.shape[-1]
     timed = 0 if ticks_BT is None else K // 4
@@ -265,12 +265,12 @@ def rotate(x_BHTK, place_T, ticks_BT=None):
         by_time = 2 * jnp.pi * ticks_BT[:, None, :, None] / period
         by_place = jnp.broadcast_to(angle, (len(ticks_BT), 1, *angle.shape))
         angle = jnp.concatenate([by_time, by_place], axis=-1)
-    angle_TK = jnp.tile(angle, 2)
+    angle = jnp.tile(angle, 2)  # [T, K], or with ticks [B, 1, T, K]
     # a product turns (a, b) into (-b, a): to cut x in two would take a fifth of the step on TPU,
     # by the compiler's estimate
     quarter_turn_KK = np.kron([[0, 1], [-1, 0]], np.eye(K // 2)).astype(x_BHTK.dtype)
     turned_BHTK = x_BHTK @ quarter_turn_KK
-    return (x_BHTK * jnp.cos(angle_TK) + turned_BHTK * jnp.sin(angle_TK)).astype(x_BHTK.dtype)
+    return (x_BHTK * jnp.cos(angle) + turned_BHTK * jnp.sin(angle)).astype(x_BHTK.dtype)
 
 
 def tell_time(moves_BT2, clock_B2):
@@ -331,8 +331,10 @@ def dropout(x_BTD, seeds_B, rate):
 
 
 def empty_cache(cfg, batch, dtype=jnp.float32, slots=None):
-    """Of each layer keys and values, [B, H, S, K], of `slots` tokens (a context), and the inputs of
-    the last three; and the clock of musical time."""
+    """What the model remembers while sampling, of no token yet: each layer's part, and the clock.
+
+    A layer has keys and values of `slots` tokens (a context), and what the last three were there.
+    """
     shape_BHSK = (batch, cfg.heads, slots or cfg.context, cfg.dim // cfg.heads)
     shape_B3D = (batch, 3, cfg.dim)
 

@@ -649,7 +649,7 @@ def throughput(args, mesh, model, tokens_per_second):
 def fresh_or_restored(args, data, mesh, optimizer, saved):
     """The state to train, on every device, and the facts of the run: new, fine-tuned or resumed."""
     model = jax.jit(lambda: fresh_model(args, data.meta["vocab_size"]))()
-    if args.musical_time:
+    if args.musical_time and saved is None:  # else a checkpoint has them
         moves_V2 = moves_of_tokens(data.folder / "tokenizer.json")
         model = eqx.tree_at(lambda model: model.moves_V2, model, moves_V2)
     if args.init_from and not args.resume:
