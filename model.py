@@ -48,6 +48,10 @@ class Config:
     def __post_init__(self):
         if self.dim % (2 * self.heads):  # rotary positions turn pairs of numbers
             raise Refused(f"dim {self.dim}: must be a multiple of twice the {self.heads} heads")
+        if self.musical_time and not self.rotary:
+            raise Refused("musical_time needs rotary: it turns half of what rotary positions turn")
+        if self.context < 2 and not self.rotary:
+            raise Refused(f"context {self.context}: must be at least 2, or rotary")
 
 
 def attention(q_BHTK, k_BHSK, v_BHSK, start=0):
@@ -276,10 +280,10 @@ def rotate(x_BHTK, place_T, ticks_BT=None):
 def tell_time(moves_BT2, clock_B2):
     """At what tick of the music each token stands, [B, T], and the clock, to go on from.
 
-    moves: by how many ticks time goes on at a token, for a Bar or TimeShift; and for a Position,
+    moves: by how many ticks time goes on at a token, a Bar or TimeShift say; and for a Position,
     how far into its bar what follows stands. The clock is the sum of the first, and the last tick.
     """
-    moves_BT2 = jax.lax.stop_gradient(moves_BT2.astype(jnp.float32))
+    moves_BT2 = jax.lax.stop_gradient(moves_BT2)
     passed_BT = clock_B2[:, :1] + jnp.cumsum(moves_BT2[..., 0], axis=1)
     ticks_BT = jax.lax.cummax(passed_BT + moves_BT2[..., 1], axis=1)
     ticks_BT = jnp.maximum(ticks_BT, clock_B2[:, 1:])
@@ -412,6 +416,16 @@ def splash_attention(q_BHTK, k_BHTK, v_BHTK):
 
 
 # -------------------------------------------------------------------------------------------- files
+
+
+def cast(model, dtype):
+    """The model in another type, but for musical time: bfloat16 rounds ticks beyond 256."""
+
+    def cast_leaf(path, leaf):
+        is_time = jax.tree_util.GetAttrKey("moves_V2") in path
+        return jnp.asarray(leaf, jnp.float32 if is_time else dtype)
+
+    return jax.tree.map_with_path(cast_leaf, model)
 
 
 def parameter_count(model):

@@ -41,7 +41,7 @@ from miditok.utils import get_bars_ticks
 from symusic import ControlChange, Note, Pedal, Score, Tempo, Track
 from tqdm import tqdm
 
-from model import Config, Decoder, Refused, atomic_write, empty_cache, load
+from model import Config, Decoder, Refused, atomic_write, cast, empty_cache, load
 
 # tokenize.py, which makes tokens of prompts, too, exactly as of training data. It is loaded by its
 # path, under another name, because `import tokenize` finds the standard library's module.
@@ -882,8 +882,7 @@ def load_run(folder):
     precision = facts.get("flags", {}).get("precision", "float32")
     if jax.default_backend() == "cpu":
         precision = "float32"  # which is fastest there
-    model = jax.tree.map(lambda leaf: jnp.array(leaf, precision), model)
-    return model, tokenizer, facts
+    return cast(model, precision), tokenizer, facts
 
 
 def make_folder(args):

@@ -1746,29 +1746,36 @@ def test_the_optimizer_finds_matrices_by_what_they_are(optimizer, rate, monkeypa
             np.testing.assert_allclose(step, -rate * np.sign(gradient), rtol=0.01, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["REMI with BPE", "REMI", "TSD"])
-def test_musical_time_is_that_of_the_notes_in_miditoks_decoding(kind, etude_data, tmp_path):
-    """Also token by token, as sampling goes."""
-    trained = REMI(params=etude_data / "tokenizer.json")
-    bpe = kind == "REMI with BPE"
-    tokenizer = trained if bpe else {"REMI": REMI, "TSD": TSD}[kind](trained.config)
+@pytest.mark.parametrize("metre", [(), (6, 8), (5, 4)])
+@pytest.mark.parametrize("kind, bpe", [(REMI, False), (REMI, True), (TSD, False)])
+def test_musical_time_is_that_of_the_notes_in_miditoks_decoding(kind, bpe, metre, tmp_path):
+    """Also token by token, as sampling goes, and where one token has notes of several times."""
+    tokenizer = kind(T.build_tokenizer(time_signatures=bool(metre)).config)
+    notes = [(240 * n, 240, 60 + 7 * n % 3, 80) for n in range(160) if n % 7 < 4]
+    score = T.prepare(make_score(notes, metre=[(0, *metre)] if metre else ()), tokenizer)
+    if bpe:
+        words = T.bpe_words(np.array(tokenizer.encode(score)[0].ids), tokenizer)
+        tokenizer.train(len(tokenizer) + 45, iterator=[words])
     tokenizer.save(tmp_path / "tokenizer.json")
     moves_V2 = train.moves_of_tokens(tmp_path / "tokenizer.json")
     assert len(moves_V2) == len(tokenizer)
-    ids = tokenizer.encode(etude(trained))[0].ids
+    ids = tokenizer.encode(score)[0].ids
     ticks_1T, clock_12 = model.tell_time(moves_V2[[ids]], jnp.zeros((1, 2)))
 
-    notes = []
+    heard, ticks, several = 0, {}, False  # at which tick the last note of a token begins
     for tick, token in zip(ticks_1T[0], ids):
         sequence = TokSequence(ids=[token], are_ids_encoded=bpe)
         tokenizer.decode_token_ids(sequence)
-        kinds = [tokenizer[base].split("_")[0] for base in sequence.ids]
-        notes += [tick] * kinds.count("Pitch")
-    score = tokenizer.decode([TokSequence(ids=ids, are_ids_encoded=bpe)])
-    beat = score.ticks_per_quarter / tokenizer.config.max_num_pos_per_beat
-    begins = [note.time / beat for track in score.tracks for note in track.notes]
-    assert np.ptp(notes) > 500
-    np.testing.assert_allclose(np.array(notes) - notes[0], np.sort(begins) - min(begins))
+        kinds = " ".join(tokenizer[base].split("_")[0] for base in sequence.ids)
+        heard, several = heard + kinds.count("Pitch"), several or kinds.count("Position") > 1
+        if "Pitch" in kinds and not re.search("Position|TimeShift", kinds.rpartition("Pitch")[2]):
+            ticks[heard - 1] = tick
+    decoded = tokenizer.decode([TokSequence(ids=ids, are_ids_encoded=bpe)])
+    beat = decoded.ticks_per_quarter * 4 / (metre or (4, 4))[1]
+    begins = sorted(note.time for track in decoded.tracks for note in track.notes)
+    wanted = np.array(begins)[list(ticks)] * tokenizer.config.max_num_pos_per_beat / beat
+    assert several == bpe and len(begins) == len(notes) and len(ticks) > len(ids) / 5
+    assert np.ptp(np.subtract(list(ticks.values()), wanted)) == 0
 
     one_by_one, clock = [], jnp.zeros((1, 2))
     for token in ids:
@@ -1783,9 +1790,13 @@ def test_musical_time_is_the_tokenizers_and_nothing_learned(markov, turned, tmp_
         moves_V2 = file["['model'].moves_V2"]
     np.testing.assert_array_equal(moves_V2, train.moves_of_tokens(markov / "tokenizer.json"))
     assert moves_V2.max(axis=0).tolist() == [16, 15]  # its bar, and its last position there
-    (tmp_path / "tokenizer.json").write_text('{"alphabet": "of another kind"}')
-    with pytest.raises(model.Refused, match="--no-musical_time"):
-        train.moves_of_tokens(tmp_path / "tokenizer.json")
+    late = eqx.tree_at(lambda decoder: decoder.moves_V2, random_decoder(MODERN), np.full((50, 2), 287))
+    late = model.cast(late, "bfloat16")  # which has no 287, the last position of a bar of 12/8
+    assert (late.moves_V2 == 287).all() and late.token_VD.dtype == "bfloat16"
+    for foreign in ('{"alphabet": "of another kind"}', "3", '{"tokenization": null}'):
+        (tmp_path / "tokenizer.json").write_text(foreign)
+        with pytest.raises(model.Refused, match="--no-musical_time"):
+            train.moves_of_tokens(tmp_path / "tokenizer.json")
 
 
 def test_gradients_of_a_frequent_token_add_up_in_bfloat16():
@@ -1890,6 +1901,8 @@ def test_a_users_mistakes_get_one_line(markov, trained, tmp_path, capsys):
         (["--data", cut, "--run", cut], "holds data"),
         (["--context", 20_000], "too few for --context 20000"),
         (["--heads", 5], "multiple of twice the 5 heads"),
+        (["--recipe", "modern", "--no-rotary"], "musical_time needs rotary"),
+        (["--context", 1], "at least 2"),
         (["--attention", "cudnn"], "allow xla"),
         (["--batch_size", 7, "--accumulate", 2], "the nearest that does is 8"),
         (["--heads", 0], "at least 1"),
@@ -2365,13 +2378,14 @@ def test_sample_draws_from_logits_of_a_full_forward_pass(
                 jax.debug.callback(see, logits_BTV[:, 0], ordered=True)
             return logits_BTV, cache
 
-    modern = dict(rotary=rotary, qk_norm=rotary, primer=True, musical_time=True)
+    modern = dict(rotary=rotary, qk_norm=rotary, primer=True, musical_time=rotary)
     cfg = untrained(len(remi), **modern).cfg
     watched = leaning(Watched(cfg, jax.random.key(0)), remi["EOS_None"], -1e9)
     watched = jax.tree.map(lambda leaf: leaf * 5, watched)  # for logits that differ by much
     remi.save(tmp_path / "tokenizer.json")
-    moves_V2 = jnp.array(train.moves_of_tokens(tmp_path / "tokenizer.json"))
-    watched = eqx.tree_at(lambda decoder: decoder.moves_V2, watched, moves_V2)
+    if cfg.musical_time:
+        moves_V2 = jnp.array(train.moves_of_tokens(tmp_path / "tokenizer.json"))
+        watched = eqx.tree_at(lambda decoder: decoder.moves_V2, watched, moves_V2)
     ids = midi_tokenize.encode(etude(remi), remi)[:given]
     pieces = compose(watched, remi, 80, [(0, 1.0), (1, 1.0)], ids, window_drop=drop)
     jax.effects_barrier()

@@ -43,7 +43,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from model import Config, Decoder, Refused, atomic_write, causal_attention, load
+from model import Config, Decoder, Refused, atomic_write, cast, causal_attention, load
 from model import parameter_count, save
 
 # ---------------------------------------------------------------------------------------- the knobs
@@ -97,7 +97,7 @@ def make_parser():
     knob("--qk_norm", action=yes_or_no, default=False, help="queries and keys of length 1")
     knob("--primer", action=yes_or_no, default=False, help="ReLU squared; hear the tokens before")
     knob("--musical_time", action=yes_or_no, default=False,
-         help="attend by time in the music, too")  # fmt: skip
+         help="attend by time in the music, too; needs --rotary")  # fmt: skip
     knob("--dropout", type=float, help="share of the activations that training zeroes, under 1")
 
     knob = parser.add_argument_group("training").add_argument
@@ -236,8 +236,7 @@ def token_losses(model, tokens_BT, seeds_B, precision):
 
     The network computes in `precision`.
     """
-    model = optax.tree.cast(model, precision)
-    logits_BTV, _ = model(tokens_BT[:, :-1], seeds_B)
+    logits_BTV, _ = cast(model, precision)(tokens_BT[:, :-1], seeds_B)
     logits = logits_BTV.reshape(-1, logits_BTV.shape[-1])  # flat: a third faster on CPU
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BT[:, 1:].ravel())
 
@@ -342,28 +341,36 @@ def fresh_model(args, vocab_size):
 def moves_of_tokens(path):
     """How the tokens of a tokenizer.json move musical time, in ticks, for `tell_time`: [V, 2].
 
-    A tick is the finest position. A bar is taken for four beats, whatever its time signature.
+    A tick is the finest position; a bar has four beats. With time signatures, one follows each Bar
+    and moves time on by as much as its own bar lasts, which is one off where the metre changes.
     """
     try:
         tokenizer = getattr(miditok, json.loads(path.read_bytes())["tokenization"])(params=path)
-    except (AttributeError, KeyError, ValueError):
+        base_tokens = tokenizer.vocab.items()
+    except (AttributeError, KeyError, TypeError, ValueError):
         cure = "go on with --no-musical_time"
-        raise Refused(f"{path}: not a tokenizer of MidiTok's; {cure}") from None
+        raise Refused(f"{path}: not a tokenizer of MidiTok's with one vocabulary; {cure}") from None
     ticks_a_beat = tokenizer.config.max_num_pos_per_beat
+    bars = "Position_0" in tokenizer.vocab  # otherwise, shifts alone tell the time
+    signatures = tokenizer.config.use_time_signatures
     moves = np.zeros((len(tokenizer.vocab), 2), np.float32)
-    for name, token in tokenizer.vocab.items():
+    for name, token in base_tokens:
         kind, _, value = name.partition("_")
-        if kind == "Bar":
-            moves[token, 0] = 4 * ticks_a_beat
-        elif kind == "Position":
+        if kind == "Position":
             moves[token, 1] = int(value)
-        elif kind == "TimeShift":
+        elif kind == "Bar" and bars and not signatures:
+            moves[token, 0] = 4 * ticks_a_beat
+        elif kind == "TimeSig" and bars:
+            moves[token, 0] = int(value.split("/")[0]) * ticks_a_beat
+        elif kind in ("TimeShift", "Rest") and not bars:
             beats, part, parts = map(int, value.split("."))
             moves[token, 0] = (beats + part / parts) * ticks_a_beat
     bpe = tokenizer.is_trained  # it joined base tokens, of which these are
     joined = [miditok.TokSequence(ids=[i], are_ids_encoded=bpe) for i in range(len(tokenizer))]
     tokenizer.decode_token_ids(joined)
-    return np.array([moves[sequence.ids].sum(axis=0) for sequence in joined])
+    # all shifts in a token add up, and of its positions, which are all in one bar, the last counts
+    moves = [moves[sequence.ids] for sequence in joined]
+    return np.array([[move[:, 0].sum(), move[:, 1].max(initial=0)] for move in moves])
 
 
 def fresh_state(model, optimizer):
