@@ -1754,7 +1754,7 @@ def test_musical_time_is_that_of_the_notes_in_miditoks_decoding(kind, bpe, metre
     notes = [(240 * n, 240, 60 + 7 * n % 3, 80) for n in range(160) if n % 7 < 4]
     score = T.prepare(make_score(notes, metre=[(0, *metre)] if metre else ()), tokenizer)
     if bpe:
-        words = T.bpe_words(np.array(tokenizer.encode(score)[0].ids), tokenizer)
+        words = T.bpe_words(T.base_ids(score, tokenizer), tokenizer)
         tokenizer.train(len(tokenizer) + 45, iterator=[words])
     tokenizer.save(tmp_path / "tokenizer.json")
     moves_V2 = train.moves_of_tokens(tmp_path / "tokenizer.json")

@@ -341,28 +341,27 @@ def fresh_model(args, vocab_size):
 def moves_of_tokens(path):
     """How the tokens of a tokenizer.json move musical time, in ticks, for `tell_time`: [V, 2].
 
-    A tick is the finest position; a bar has four beats. With time signatures, one follows each Bar
-    and moves time on by as much as its own bar lasts, which is one off where the metre changes.
+    A tick is the finest position. A Bar moves on by four beats; or, with time signatures, the
+    TimeSig behind it by the bar that begins, so that distances are right while the metre stays.
     """
     try:
         tokenizer = getattr(miditok, json.loads(path.read_bytes())["tokenization"])(params=path)
-        base_tokens = tokenizer.vocab.items()
+        base_tokens = tokenizer.vocab.items()  # which a list of vocabularies has not
     except (AttributeError, KeyError, TypeError, ValueError):
         cure = "go on with --no-musical_time"
         raise Refused(f"{path}: not a tokenizer of MidiTok's with one vocabulary; {cure}") from None
     ticks_a_beat = tokenizer.config.max_num_pos_per_beat
-    bars = "Position_0" in tokenizer.vocab  # otherwise, shifts alone tell the time
-    signatures = tokenizer.config.use_time_signatures
-    moves = np.zeros((len(tokenizer.vocab), 2), np.float32)
+    has_bars = "Position_0" in tokenizer.vocab  # otherwise, shifts alone tell the time
+    bar = "TimeSig" if tokenizer.config.use_time_signatures else "Bar"
+    moves = np.zeros((len(base_tokens), 2), np.float32)
     for name, token in base_tokens:
         kind, _, value = name.partition("_")
         if kind == "Position":
             moves[token, 1] = int(value)
-        elif kind == "Bar" and bars and not signatures:
-            moves[token, 0] = 4 * ticks_a_beat
-        elif kind == "TimeSig" and bars:
-            moves[token, 0] = int(value.split("/")[0]) * ticks_a_beat
-        elif kind in ("TimeShift", "Rest") and not bars:
+        elif kind == bar and has_bars:
+            beats = int(value.split("/")[0]) if kind == "TimeSig" else 4
+            moves[token, 0] = beats * ticks_a_beat
+        elif kind in ("TimeShift", "Rest") and not has_bars:
             beats, part, parts = map(int, value.split("."))
             moves[token, 0] = (beats + part / parts) * ticks_a_beat
     bpe = tokenizer.is_trained  # it joined base tokens, of which these are
